@@ -1,0 +1,85 @@
+"""The seam: where an FFN block hands its activation to whatever stands at its down projection at call time.
+
+A hook on the original projection would miss a LoRA wrapper that is put on later (its A matrix would see unmasked
+activations), so the hook is bound to the module that stands there on each call of the block.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+
+class Seam:
+    """Transforms the input of the module at attribute `name` of `block`, on every call of the block.
+
+    Args:
+        block: the FFN block; the instance is hooked, its class is not touched.
+        name: attribute of the projection whose input is transformed (the down projection, to mask activations).
+        transform: gets and returns the projection's input `[..., F]`.
+    """
+
+    def __init__(self, block: nn.Module, name: str, transform: Callable[[Tensor], Tensor]) -> None:
+        self._block, self._name, self._transform = block, name, transform
+        self._bound: nn.Module | None = None
+        self._inner: Any = None
+        self._outer = block.register_forward_pre_hook(self._rebind)
+        self._rebind()
+
+    def _rebind(self, *_: Any) -> None:
+        current = getattr(self._block, self._name)
+        if current is not self._bound:
+            if self._inner is not None:
+                self._inner.remove()
+            self._inner = current.register_forward_pre_hook(self._apply)
+            self._bound = current
+
+    def _apply(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._transform(args[0]), *args[1:])
+
+    def remove(self) -> None:
+        """Undo: the block is as it was."""
+        self._outer.remove()
+        if self._inner is not None:
+            self._inner.remove()
+        self._bound = self._inner = None
+
+
+class ExpertsSeam:
+    """Transforms the activation of every expert in a module whose experts are 3-D parameters.
+
+    There is no projection module to hook, so the instance's `forward` is replaced by the plain loop over experts.
+
+    Args:
+        experts: a module with `gate_up_proj` `[E, 2F, D]`, `down_proj` `[E, D, F]` and `act_fn`, gate and up
+            concatenated, without biases. Anything else is refused.
+        transform: gets the activation `[N, F]` and the expert's index, returns the activation.
+    """
+
+    def __init__(self, experts: Any, transform: Callable[[Tensor, int], Tensor]) -> None:
+        if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
+            raise ValueError(f"{type(experts).__name__}: experts with biases or transposed weights are not supported")
+        if not getattr(experts, "has_gate", True) or not getattr(experts, "is_concatenated", True):
+            raise ValueError(f"{type(experts).__name__}: experts need a gate, concatenated with up as [gate; up]")
+        self._experts, self._transform = experts, transform
+        experts.forward = MethodType(self._forward, experts)
+
+    def _forward(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden `[N, D]`, top_k_index and top_k_weights `[N, k]`; returns `[N, D]`."""
+        result = torch.zeros_like(hidden)
+        for expert in top_k_index.unique().tolist():
+            if expert >= len(experts.down_proj):
+                continue  # index E marks a slot that expert parallelism gives to another rank
+            token, place = torch.where(top_k_index == expert)
+            gate, up = functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            a = self._transform(experts.act_fn(gate) * up, expert)
+            y = functional.linear(a, experts.down_proj[expert]) * top_k_weights[token, place, None]
+            result.index_add_(0, token, y.to(result.dtype))
+        return result
+
+    def remove(self) -> None:
+        """Undo: the instance uses its class's `forward` again."""
+        del self._experts.forward

@@ -1,0 +1,30 @@
+"""Streamed distribution of a value per layer; memory does not grow with the number of tokens."""
+
+import torch
+from torch import Tensor
+
+BINS = 4096
+
+
+class Histogram:
+    """Counts `[L, BINS]`, fp64, of values on an even scale from `low` to `high`; what lies outside falls into the ends."""
+
+    def __init__(self, layers: int, low: float, high: float) -> None:
+        self.low, self.step = low, (high - low) / BINS
+        self.counts = torch.zeros(layers, BINS, dtype=torch.float64)
+
+    def add(self, layer: int, values: Tensor) -> None:
+        """values: fp32, any shape."""
+        bins = ((values.detach() - self.low) / self.step).clamp(0, BINS - 1).long()
+        self.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS).double().cpu()
+
+    def levels(self, density: float) -> list[float]:
+        """Per layer the value that a share `density` of the counted values reaches, interpolated within a bin."""
+        levels = []
+        for counts in self.counts:
+            above = counts.flip(0).cumsum(0).flip(0) / counts.sum()  # share at or above each bin's lower edge
+            i = int((above >= density).nonzero().max())
+            next_above = above[i + 1].item() if i + 1 < BINS else 0.0
+            inside = (above[i].item() - density) / max(above[i].item() - next_above, 1e-12)
+            levels.append(self.low + (i + inside) * self.step)
+        return levels

@@ -1,0 +1,183 @@
+"""`moyu VERB …`: one verb per stage, and a few for looking around. Imports no torch until a verb needs it."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moyu_train.errors import MoyuError
+from moyu_train.recipe import Recipe, load_recipe
+
+STAGE_VERBS = {
+    "analyze": "measure over-activation: zero share, concentration, perplexity against oracle sparsity",
+    "calibrate": "find the rule's thresholds on the dense model",
+    "finetune": "fine-tune under the rule's mask by self-distillation",
+    "control": "train the dense control on the same tokens",
+    "fit-predictors": "fit the predictors of all layers in one pass",
+    "calibrate-in-loop": "find the predictors' cuts with the model in the loop",
+    "untouched": "the same pipeline without fine-tuning, for comparison",
+    "export": "write the sparse checkpoint",
+    "verify": "prove a sparse checkpoint: reload, compare, see stock code refuse it",
+    "evaluate": "perplexity of every variant on held-out documents",
+    "bench": "time decoding: dense eager, dense compiled, our runner, sparse",
+    "report": "result table, report.html and plots from the finished stages",
+}
+ON_FOLDER = ("verify", "evaluate", "bench")  # these also take a sparse checkpoint in place of a recipe
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moyu", description="Make LLM activations sparse at training time.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", metavar="FILE", help="write the figures there")
+        return sub
+
+    run = verb("run", "all stages of a recipe, resuming where it stopped")
+    run.add_argument("recipe", help="a recipe's YAML file; settings are overridden as --section.key VALUE")
+    run.add_argument("--dry-run", action="store_true", help="check the recipe and print it, run nothing")
+    for name, text in STAGE_VERBS.items():
+        sub = verb(name, text)
+        what = "recipe, or a sparse checkpoint's folder" if name in ON_FOLDER else "recipe, or a model for the defaults"
+        sub.add_argument("recipe", help=what)
+    generate = verb("generate", "stream text from a sparse checkpoint")
+    generate.add_argument("folder", help="sparse checkpoint")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    generate.add_argument(
+        "--mode", choices=("predicted", "rule", "dense"), default="predicted", help="which mask to decode with"
+    )
+    generate.add_argument("--backend", choices=("auto", "cpu", "reference"), default="auto")
+    recipes = verb("recipes", "list the shipped recipes, or copy one")
+    recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
+    verb("env", "versions and hardware, for bug reports")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, or 1 after an error that the user can act on (2 for usage)."""
+    parser = build_parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.verb not in ("run", *STAGE_VERBS):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        figures = _dispatch(known, rest)
+    except MoyuError as error:
+        print(f"moyu {known.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"moyu {known.verb}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if known.json and figures is not None and os.environ.get("RANK", "0") == "0":
+        from moyu_train.files import write_json
+
+        write_json(Path(known.json), figures)
+    return 0
+
+
+def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | None:
+    simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "generate": _generate,
+        "recipes": _recipes,
+        "env": _env,
+    }
+    if known.verb in simple:
+        return simple[known.verb](known)
+    if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
+        return _on_folder(known.verb, Path(known.recipe), rest)
+    recipe = load_recipe(known.recipe, rest)
+    if known.verb == "run" and known.dry_run:
+        print(json.dumps(recipe.model_dump(mode="json"), indent=1))
+        return recipe.model_dump(mode="json")
+    return _with_run(known.verb, recipe)
+
+
+def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
+    from moyu_train.pipeline import Run, run_all, run_stage
+
+    run = Run(recipe)
+    if verb == "run":
+        return run_all(run)
+    figures = run_stage(run, verb)
+    from moyu_train.analysis.tables import print_figures
+
+    print_figures(verb, figures)
+    return figures
+
+
+def _on_folder(verb: str, folder: Path, rest: list[str]) -> dict[str, Any]:
+    from moyu_train.analysis.tables import print_figures
+    from moyu_train.checkpoints.folder import bench_folder, evaluate_folder, verify_folder
+
+    recipe = load_recipe(str(folder), rest)
+    actions = {"verify": verify_folder, "evaluate": evaluate_folder, "bench": bench_folder}
+    figures = actions[verb](folder, recipe)
+    print_figures(verb, figures)
+    return figures
+
+
+def _generate(known: argparse.Namespace) -> dict[str, Any]:
+    from moyu_train.evaluation.generate import generate
+
+    return generate(
+        Path(known.folder),
+        known.prompt,
+        max_new_tokens=known.max_new_tokens,
+        temperature=known.temperature,
+        chat=known.chat,
+        mode=known.mode,
+        backend=known.backend,
+    )
+
+
+def _recipes(known: argparse.Namespace) -> dict[str, Any]:
+    import shutil
+
+    folder = Path(__file__).parent.parent / "recipes"
+    if not folder.is_dir():
+        folder = Path(__file__).parent / "recipes"  # an installed wheel carries them inside
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    if known.copy:
+        name, target = known.copy
+        if name not in found:
+            from moyu_train.recipe import nearest
+
+            raise MoyuError(f"recipe {name!r} is unknown{nearest(name, found)}; known: {', '.join(found)}")
+        if Path(target).exists():
+            raise MoyuError(f"{target!r} exists; give another file")
+        shutil.copyfile(found[name], target)
+        print(target)
+    else:
+        for name, path in found.items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            print(f"{name:<36} {first}")
+    return {"recipes": list(found)}
+
+
+def _env(known: argparse.Namespace) -> dict[str, Any]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    from moyu_kernels.ops.cpu import status
+
+    figures: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {psutil.cpu_count(logical=False)} cores, "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+    }
+    for package in ("moyu", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "triton"):
+        try:
+            figures[package] = version(package)
+        except PackageNotFoundError:
+            figures[package] = "not installed"
+    figures["cpu kernels"] = status()
+    for name, value in figures.items():
+        print(f"{name:<14} {value}")
+    return figures

@@ -1,0 +1,120 @@
+"""Text to documents, documents to token windows. Splits are by document."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moyu_train.errors import MoyuError
+
+BUILTIN = {
+    "state-union-train": "state_union_train.jsonl.gz",
+    "state-union-test": "state_union_test.jsonl.gz",
+}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents, each int64 `[T]` of its own length."""
+
+    tokens: list[Tensor]
+
+    @property
+    def total(self) -> int:
+        return sum(len(t) for t in self.tokens)
+
+    def digest(self) -> str:
+        return hashlib.sha256(torch.cat(self.tokens).numpy().tobytes()).hexdigest()
+
+    def windows(self, length: int, limit: int | None = None) -> list[tuple[int, Tensor]]:
+        """Consecutive windows inside each document, stride = length, each with its document's index.
+
+        A last piece shorter than 2 tokens is dropped.
+
+        `limit` bounds the total; it is shared evenly over the documents, so that a few long ones do not fill it.
+        """
+        share = None if limit is None else max(limit // len(self.tokens), 2)
+        pieces = [(index, piece) for index, doc in enumerate(self.tokens) for piece in doc[:share].split(length)]
+        return [(index, piece) for index, piece in pieces if len(piece) > 1]
+
+    def packed(self, length: int, seed: int) -> Tensor:
+        """All documents one after the other, cut into full windows `[N, length]` in random order; the rest is dropped."""
+        stream = torch.cat(self.tokens)
+        count = len(stream) // length
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return stream[: count * length].view(count, length)[order]
+
+
+def read_texts(source: str, text_field: str) -> list[str]:
+    """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`."""
+    import datasets
+
+    if source.startswith("builtin:"):
+        name = source.removeprefix("builtin:")
+        if name not in BUILTIN:
+            raise MoyuError(f"data {source!r} is unknown; shipped texts: {', '.join('builtin:' + n for n in BUILTIN)}")
+        source = str(resources.files("moyu_train") / "data" / BUILTIN[name])
+    path = Path(source)
+    suffixes = "".join(path.suffixes[-2:])
+    local = path.exists() or "." in path.name[1:] or source.startswith((".", "/"))
+    if local and not path.is_file():
+        raise MoyuError(f"text file {source!r} does not exist; give a JSON lines file, a text file or a hub id")
+    if local and path.stat().st_size == 0:
+        raise MoyuError(f"text file {source!r} is empty; give a file with at least one document")
+    if local and "json" not in suffixes:
+        return [path.read_text(encoding="utf-8")]
+    try:
+        rows = (
+            datasets.load_dataset("json", data_files=source, split="train")
+            if local
+            else datasets.load_dataset(source, split="train", streaming=False)
+        )
+    except Exception as error:  # datasets raises many types here; the cause stays attached
+        raise MoyuError(f"data {source!r} could not be read: {error}") from error
+    if text_field not in rows.column_names:
+        raise MoyuError(f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); "
+                        "set data.text_field")
+    return [text for text in rows[text_field] if text and text.strip()]
+
+
+def tokenise(texts: list[str], tokenizer: Any, source: str, window: int, max_tokens: int | None = None) -> Documents:
+    """Tokens of the documents, in order, until `max_tokens`.
+
+    Raises: MoyuError where there is less text than one window.
+    """
+    tokens, total = [], 0
+    for text in texts:
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        if len(ids):
+            tokens.append(ids)
+            total += len(ids)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    if total < window:
+        raise MoyuError(
+            f"data {source!r} has {total} tokens, less than one window of {window}; give more text or lower the window"
+        )
+    return Documents(tokens)
+
+
+def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents, Documents]:
+    """Split off the last `count` documents for validation: (training, validation)."""
+    if len(documents.tokens) <= count:
+        raise MoyuError(
+            f"data {source!r} has {len(documents.tokens)} document(s), and data.validation_documents asks to hold back "
+            f"{count}; give more documents (JSON lines, one document a line) or lower it"
+        )
+    return Documents(documents.tokens[:-count]), Documents(documents.tokens[-count:])
+
+
+def overlap(train: Documents, test: Documents, n: int = 13) -> float:
+    """Share of the test text's n-grams of tokens that occur in the training text (contamination check)."""
+    def grams(documents: Documents) -> set[bytes]:
+        return {row.numpy().tobytes() for doc in documents.tokens if len(doc) >= n for row in doc.unfold(0, n, 1)}
+
+    seen, wanted = grams(train), grams(test)
+    return len(seen & wanted) / max(len(wanted), 1)

@@ -1,0 +1,138 @@
+"""The masks that a sparse model runs with, on a stock model: rule, predicted, and the oracle at the same density.
+
+Counts come from the very pass that is scored, so perplexity, density and bytes belong together.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from moyu_kernels.ops.ffn.naive import predictor_scores
+from torch import Tensor
+
+from moyu_train.analysis.uplift import largest
+from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.models.masking import Masking
+from moyu_train.predictors.lowrank import stored_bytes
+
+LINE = 64  # bytes of a cache line
+
+
+@dataclass
+class Counts:
+    """Neurons selected (gate and up read) and kept (down read) of each layer, and tokens: fp64 sums `[L]`."""
+
+    selected: Tensor
+    kept: Tensor
+    tokens: Tensor
+    mass_kept: Tensor  # contribution of the kept neurons
+    mass_rule: Tensor  # contribution of the neurons that the rule keeps
+
+    @classmethod
+    def zeros(cls, layers: int) -> "Counts":
+        return cls(*(torch.zeros(layers, dtype=torch.float64) for _ in range(5)))
+
+
+def row_bytes(block: FFNBlock, itemsize: int) -> int:
+    """Bytes fetched for one neuron's row of one matrix, in whole cache lines (rows start where the last one ends)."""
+    size = block.hidden * itemsize
+    return size if size % LINE == 0 else (math.ceil(size / LINE) + 1) * LINE
+
+
+def bytes_skipped(
+    blocks: list[FFNBlock], counts: Counts, predictors: list[dict[str, Tensor]] | None, itemsize: int
+) -> float:
+    """Share of the FFN weight bytes that a batch-1 decode step does not read (DESIGN: the headline number).
+
+    Read are: gate and up rows of selected neurons, down rows of kept ones, all of the predictor, all thresholds.
+    """
+    read = dense = 0.0
+    for layer, block in enumerate(blocks):
+        row = row_bytes(block, itemsize)
+        tokens = counts.tokens[layer].item()
+        matrices = 1 if block.layout == "plain" else 2
+        read += row * (matrices * counts.selected[layer].item() + counts.kept[layer].item()) / tokens
+        read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
+        dense += (matrices + 1) * block.neurons * block.hidden * itemsize
+    return 1 - read / dense
+
+
+class SparseMasks:
+    """Puts a sparse model's masks on a stock model and counts them.
+
+    Args:
+        thresholds: the rule, fp32 `[F]` a layer.
+        predictors: storage form a layer, or None for the rule mask alone.
+        cuts: per layer the score above which a neuron is selected, default 0.
+        oracle: keep as many neurons per token and layer as the mask would, but those of largest contribution.
+        observe: sees every layer's scores `[..., F]`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        thresholds: list[Tensor],
+        predictors: list[dict[str, Tensor]] | None,
+        cuts: list[float] | None = None,
+        oracle: bool = False,
+        observe: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
+        self.blocks = find_blocks(model)
+        self.thresholds, self.predictors, self.oracle, self.observe = thresholds, predictors, oracle, observe
+        self.cuts = cuts or [0.0] * len(self.blocks)
+        self.norms = [block.down_norms() for block in self.blocks]
+        self.counts = Counts.zeros(len(self.blocks))
+        self._masking = Masking(self.blocks, self._keep, inputs=predictors is not None)
+
+    def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
+        threshold, norm = self.thresholds[layer], self.norms[layer]
+        if expert is not None:
+            threshold, norm = threshold[expert], norm[expert]
+        rule = (a.abs() >= threshold) & (a != 0)
+        contribution = a.abs().float() * norm
+        if self.predictors:
+            scores = predictor_scores(self._masking.input(layer), *self.predictors[layer].values()).view_as(a)
+            if self.observe:
+                self.observe(layer, scores)
+            selected = scores > self.cuts[layer]
+            keep = rule & selected
+        else:
+            selected, keep = torch.ones_like(rule), rule
+        if self.oracle:
+            keep = largest(contribution, keep.sum(-1))
+        counts = self.counts
+        counts.selected[layer] += selected.sum().item()
+        counts.kept[layer] += keep.sum().item()
+        counts.tokens[layer] += a[..., 0].numel()
+        counts.mass_kept[layer] += (contribution * keep).sum(dtype=torch.float64).item()
+        counts.mass_rule[layer] += (contribution * rule).sum(dtype=torch.float64).item()
+        return keep
+
+    def __enter__(self) -> "SparseMasks":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._masking.remove()
+
+    def per_layer(self) -> list[dict[str, Any]]:
+        """Selected and kept density, recall and precision against the rule by contribution mass and count, per layer."""
+        c = self.counts
+        rows = []
+        for i, block in enumerate(self.blocks):
+            places = c.tokens[i].item() * block.neurons
+            rows.append(
+                {
+                    "block": block.path,
+                    "selected": c.selected[i].item() / places,
+                    "kept": c.kept[i].item() / places,
+                    "mass_kept": (c.mass_kept[i] / c.mass_rule[i].clamp_min(1e-30)).item(),
+                    "precision": (c.kept[i] / c.selected[i].clamp_min(1)).item(),
+                }
+            )
+        return rows
+
+    def neurons_off(self) -> float:
+        places = sum(t * block.neurons for t, block in zip(self.counts.tokens.tolist(), self.blocks, strict=True))
+        return 1 - self.counts.kept.sum().item() / places

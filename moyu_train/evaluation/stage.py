@@ -1,0 +1,123 @@
+"""The evaluate stage of a recipe: perplexity of every variant on the same held-out documents."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import moyu_kernels
+import torch
+from safetensors.torch import load_file
+
+from moyu_train.checkpoints.export import MANIFEST, read_state
+from moyu_train.checkpoints.stage import CHECKPOINT
+from moyu_train.data import Documents, overlap
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
+from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.models.loading import load_dense
+from moyu_train.progress import track
+from moyu_train.training.fit import predictors_from_tensors
+from moyu_train.training.rule import thresholds_from_tensors
+
+if TYPE_CHECKING:
+    from moyu_train.pipeline import Run
+
+AGREEMENT = 0.01  # largest relative difference of perplexity between the kernels and the masked multi-token path
+
+
+def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_tokens: int) -> dict[str, Any]:
+    """A sparse checkpoint as it decodes: predicted masks at every scored position, and the same through the kernels.
+
+    The masked multi-token path computes in fp32 on the stored weights. `kernel_tokens` of the text are decoded one by
+    one through the kernels in the stored dtype, and have to give the same perplexity.
+    """
+    thresholds, predictors = read_state(folder)
+    itemsize = model_itemsize(folder)
+    model = load_dense(folder)
+    with SparseMasks(model, thresholds, predictors) as masks:
+        sparse = score(model, documents, window, "evaluate: sparse")
+    figures: dict[str, Any] = {
+        "scores": sparse,
+        "bytes_skipped": bytes_skipped(masks.blocks, masks.counts, predictors, itemsize),
+        "neurons_off": masks.neurons_off(),
+        "layers": masks.per_layer(),
+    }
+    with SparseMasks(model, thresholds, predictors, oracle=True):
+        figures["oracle"] = score(model, documents, window, "evaluate: oracle at the same density")
+    with SparseMasks(model, thresholds, None) as rule:
+        figures["rule"] = score(model, documents, window, "evaluate: rule mask")
+    figures["rule_neurons_off"] = rule.neurons_off()
+    if kernel_tokens:
+        few = Documents([documents.tokens[0][: min(kernel_tokens, window)]])
+        with SparseMasks(model, thresholds, predictors):
+            masked = score(model, few, window, "evaluate: masked path").perplexity
+        del model
+        figures["kernels"] = decode_perplexity(folder, few) | {"masked_perplexity": masked}
+        gap = abs(figures["kernels"]["perplexity"] / masked - 1)
+        if gap > AGREEMENT:
+            raise MoyuError(
+                f"decoding through the kernels gives perplexity {figures['kernels']['perplexity']:.3f}, the masked path "
+                f"{masked:.3f} on the same {few.total} tokens: they differ by more than {AGREEMENT:.0%}"
+            )
+    return figures
+
+
+@torch.no_grad()
+def decode_perplexity(folder: Path, documents: Documents) -> dict[str, Any]:
+    """Perplexity of a sparse checkpoint decoded token by token through the kernels, predictors on, from position 0."""
+    model = moyu_kernels.from_pretrained(folder)
+    ids = documents.tokens[0]
+    runner = moyu_kernels.Runner(model, max_length=len(ids))
+    runner.reset()
+    nll = 0.0
+    for position in track(range(len(ids) - 1), "evaluate: kernels, token by token"):
+        logits = runner.step(ids[position].view(1, 1))
+        nll -= torch.log_softmax(logits.float().flatten(), dim=-1)[ids[position + 1]].item()
+    scores = Scores([nll], [len(ids) - 1])
+    return {"perplexity": scores.perplexity, "tokens": len(ids)}
+
+
+def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
+    """All perplexities of the result table, each on all tokens of the held-out documents."""
+    window, documents = run.recipe.evaluate.window, run.test
+    checkpoint = run.stage_folder("export") / CHECKPOINT
+    found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens)
+    model = run.dense()
+    dense = score(model, documents, window, "evaluate: dense")
+    tensors = load_file(run.stage_folder("untouched") / "state.safetensors")
+    predictors = predictors_from_tensors(tensors)
+    with SparseMasks(model, thresholds_from_tensors(tensors), predictors) as masks:
+        untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
+    untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, model_itemsize(checkpoint))
+    model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+    control = score(model, documents, window, "evaluate: dense control")
+    variants: dict[str, Scores] = {
+        "dense": dense,
+        "control": control,
+        "rule": found["rule"],
+        "oracle": found["oracle"],
+        "sparse": found["scores"],
+        "untouched": untouched,
+    }
+    best = control if control.perplexity < dense.perplexity else dense
+    return {
+        "tokens": documents.total,
+        "documents": len(documents.tokens),
+        "ppl": {name: scores.perplexity for name, scores in variants.items()},
+        "ratio": found["scores"].perplexity / best.perplexity,
+        "ratio_interval": ratio_interval(found["scores"], best),
+        "bytes_skipped": found["bytes_skipped"],
+        "untouched_bytes_skipped": untouched_skipped,
+        "neurons_off": found["neurons_off"],
+        "rule_neurons_off": found["rule_neurons_off"],
+        "kernels": found.get("kernels"),
+        "overlap_13gram": overlap(run.train, documents),
+        "layers": found["layers"],
+        "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+    }
+
+
+def model_itemsize(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return getattr(torch, config["dtype"]).itemsize

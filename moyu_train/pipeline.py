@@ -1,0 +1,208 @@
+"""Runs the stages of a recipe in order, each from its predecessors' folders into its own, and resumes.
+
+A stage is finished when its `stage.json`, written last, is there with the key of this recipe: a hash over the recipe's
+sections, the weights, the text and the keys of the stages before. Any other key means an earlier run, and the stage
+runs again from nothing, so that no number of an earlier run can be reported.
+"""
+
+import hashlib
+import importlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from moyu_train import data
+from moyu_train.errors import MoyuError
+from moyu_train.files import check_writable, sha256, write_json, write_text
+from moyu_train.models.loading import Source, load_dense, load_tokenizer, parameter_count, resolve_source
+from moyu_train.predictors import PREDICTORS
+from moyu_train.progress import console
+from moyu_train.recipe import Recipe
+from moyu_train.registry import resolve
+from moyu_train.sparsifiers import SPARSIFIERS
+
+KEEP = ("model", "seed", "data")  # sections that every stage depends on
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    function: str  # module:function, called with (run, folder), returns figures
+    needs: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
+        Stage(
+            "calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")
+        ),
+        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate",), ("finetune",)),
+        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control")),
+        Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("finetune",), ("fit", "predictor")),
+        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("calibrate", "export")),
+        Stage(
+            "untouched",
+            "moyu_train.training.stages:untouched",
+            ("calibrate",),
+            ("fit", "predictor", "calibrate", "export"),
+        ),
+        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("calibrate-in-loop",), ("export",)),
+        Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
+        Stage(
+            "evaluate",
+            "moyu_train.evaluation.stage:evaluate",
+            ("export", "control", "untouched"),
+            ("evaluate",),
+        ),
+        Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",)),
+        Stage(
+            "report",
+            "moyu_train.analysis.report:report",
+            ("analyze", "finetune", "verify", "evaluate", "bench"),
+        ),
+    )
+}
+
+
+class Run:
+    """A recipe, its run folder, and what all stages share: the source model, the tokenizer and the documents."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.folder = Path(recipe.run)
+        resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+        resolve("predictor", recipe.predictor, PREDICTORS)
+        check_writable(self.folder, 0)
+
+    @cached_property
+    def source(self) -> Source:
+        with PartialState().main_process_first():
+            return resolve_source(self.recipe.model)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.source.path)
+
+    @cached_property
+    def parameters(self) -> tuple[int, Any]:
+        return parameter_count(self.source.path)
+
+    def _documents(self, source: str, limit: int | None, window: int) -> data.Documents:
+        texts = data.read_texts(source, self.recipe.data.text_field)
+        return data.tokenise(texts, self.tokenizer, source, window, limit)
+
+    @cached_property
+    def _training(self) -> tuple[data.Documents, data.Documents]:
+        settings = self.recipe.data
+        documents = self._documents(settings.train, settings.max_tokens, self.recipe.finetune.window)
+        return data.hold_back(documents, settings.validation_documents, settings.train)
+
+    @property
+    def train(self) -> data.Documents:
+        return self._training[0]
+
+    @property
+    def validation(self) -> data.Documents:
+        return self._training[1]
+
+    @cached_property
+    def test(self) -> data.Documents:
+        return self._documents(self.recipe.data.test, None, 2)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Any:
+        return load_dense(self.source.path, dtype)
+
+    @cached_property
+    def inputs_digest(self) -> str:
+        """Hash of the weights and the text that every stage starts from."""
+        path = Path(self.source.path)
+        weights = (
+            [sha256(file) for file in sorted([*path.glob("*.safetensors"), path / "config.json"])]
+            if path.is_dir()
+            else [self.source.path]
+        )
+        parts = [*weights, self.train.digest(), self.validation.digest(), self.test.digest()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def key(self, stage: Stage) -> str:
+        parts = [stage.name, self.inputs_digest, self.recipe.digest(*KEEP, *stage.sections)]
+        parts += [self.key(STAGES[name]) for name in stage.needs]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def stage_folder(self, name: str) -> Path:
+        return self.folder / name
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """A finished stage's record, or None where it is missing or belongs to another recipe, text or model."""
+        path = self.stage_folder(name) / "stage.json"
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["key"] == self.key(STAGES[name]) else None
+
+    def figures(self, name: str) -> dict[str, Any]:
+        """Figures of a stage that has to be finished.
+
+        Raises: MoyuError naming the command that runs it.
+        """
+        record = self.finished(name)
+        if record is None:
+            raise MoyuError(
+                f"stage {name!r} is not finished in {str(self.folder)!r} for this recipe; run `moyu {name}` with the "
+                "same recipe first, or `moyu run` for all stages"
+            )
+        return record["figures"]
+
+
+def run_stage(run: Run, name: str) -> dict[str, Any]:
+    """Run one stage, or reuse it where it is finished; returns its figures."""
+    stage = STAGES[name]
+    for need in stage.needs:
+        run.figures(need)
+    record = run.finished(name)
+    if record is not None:
+        console.print(f"[dim]{name}: finished before, reused[/dim]")
+        return record["figures"]
+    folder, key = run.stage_folder(name), run.key(stage)
+    process = PartialState()
+    if process.is_main_process:
+        _clear_others(folder, key)
+    process.wait_for_everyone()
+    module, function = stage.function.split(":")
+    console.print(f"[bold]{name}[/bold]")
+    started = time.monotonic()
+    figures = getattr(importlib.import_module(module), function)(run, folder)
+    if process.is_main_process:
+        write_json(
+            folder / "stage.json", {"key": key, "figures": figures, "seconds": round(time.monotonic() - started, 1)}
+        )
+    process.wait_for_everyone()
+    return figures
+
+
+def _clear_others(folder: Path, key: str) -> None:
+    """Keep what an interrupted run of this very stage left, for it to resume from; delete anything else."""
+    owner = folder / "key"
+    if folder.exists() and not (owner.is_file() and owner.read_text() == key):
+        shutil.rmtree(folder)
+    (folder / "stage.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(owner, key)
+
+
+def run_all(run: Run) -> dict[str, Any]:
+    """All stages; returns the report stage's figures (the content of result.json)."""
+    write_json(run.folder / "recipe.json", run.recipe.model_dump(mode="json"))
+    for name in STAGES:
+        figures = run_stage(run, name)
+    return figures

@@ -1,0 +1,86 @@
+"""Two matrices without a non-linearity between them, in closed form: reduced-rank regression (Izenman 1975).
+
+The target is `sqrt(contribution)` of each neuron, the input the FFN's normalised input x. Training streams the second
+moments of (x, target) in one pass over text, so nothing is dumped, memory does not depend on the number of tokens, the
+sums of many processes add up, and there is no learning rate to tune. The two factors are then the best rank-R linear
+map in the least-squares sense. Stored as int8 with a scale per row.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class LowRank:
+    """Predictor of one layer. Sums are fp32 on the model's device; the solution is fp64."""
+
+    name = "lowrank"
+
+    class Options(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+        rank: int = Field(128, ge=1)
+        ridge: float = Field(0.1, gt=0, description="relative to the mean square of x")
+
+    def __init__(self, options: Options, hidden: int, neurons: int, device: torch.device) -> None:
+        if options.rank > hidden:
+            raise ValueError(f"predictor.rank {options.rank} is above the hidden size {hidden}; lower it")
+        self.options = options
+        self.sums = {
+            "xx": torch.zeros(hidden, hidden, device=device),
+            "xy": torch.zeros(hidden, neurons, device=device),
+            "x": torch.zeros(hidden, device=device),
+            "y": torch.zeros(neurons, device=device),
+            "n": torch.zeros((), device=device),
+        }
+
+    def observe(self, x: Tensor, contribution: Tensor) -> None:
+        """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
+        x, y = x.float(), contribution.float().sqrt()
+        self.sums["xx"].addmm_(x.T, x)
+        self.sums["xy"].addmm_(x.T, y)
+        self.sums["x"] += x.sum(0)
+        self.sums["y"] += y.sum(0)
+        self.sums["n"] += len(x)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint of a fit keeps, and what processes sum."""
+        return self.sums
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, value in state.items():
+            self.sums[name].copy_(value)
+
+    def solve(self) -> dict[str, Tensor]:
+        """The fitted predictor in storage form: w1 int8 `[R, D]`, s1 `[R]`, w2 int8 `[F, R]`, s2 and bias `[F]`, fp32.
+
+        `score = s2 * (w2 @ (s1 * (w1 @ x))) + bias` predicts `sqrt(contribution)`.
+        """
+        sums = {name: value.double().cpu() for name, value in self.sums.items()}
+        mean_x, mean_y = sums["x"] / sums["n"], sums["y"] / sums["n"]
+        cov = sums["xx"] / sums["n"] - torch.outer(mean_x, mean_x)
+        cross = sums["xy"] / sums["n"] - torch.outer(mean_x, mean_y)
+        cov.diagonal().add_(self.options.ridge * cov.diagonal().mean())
+        root = torch.linalg.cholesky(cov)
+        whitened = torch.linalg.solve_triangular(root, cross, upper=False)  # [D, F]
+        directions = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -self.options.rank :]  # [D, R]
+        w1 = torch.linalg.solve_triangular(root.T, directions, upper=True).T
+        w2 = whitened.T @ directions
+        # int8 with one scale a row: move each column's size of w2 into w1's row, whose scale takes it for free
+        size = w2.abs().amax(0).clamp_min(1e-12)
+        w2, w1 = w2 / size, w1 * size[:, None]
+        (q1, s1), (q2, s2) = quantise_rows(w1), quantise_rows(w2)
+        fitted = (q2.double() * s2[:, None]) @ ((q1.double() * s1[:, None]) @ mean_x)
+        return {"w1": q1, "s1": s1.float(), "w2": q2, "s2": s2.float(), "bias": (mean_y - fitted).float()}
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with a scale per row: (int8 `[N, M]`, scale `[N]` of the weight's dtype)."""
+    scale = weight.abs().amax(1).clamp_min(1e-30) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+def stored_bytes(predictor: dict[str, Any]) -> int:
+    """Bytes that a decode step reads of one predictor: every tensor, once, at its stored dtype."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in predictor.values())

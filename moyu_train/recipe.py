@@ -1,0 +1,234 @@
+"""Recipe: the only source of truth for settings. Strict YAML, overridden by `--section.key value`. Imports no torch."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moyu_train.errors import MoyuError
+from moyu_train.predictors import PREDICTORS
+from moyu_train.sparsifiers import SPARSIFIERS
+
+
+class RecipeError(MoyuError):
+    """A setting that cannot work; the message names the setting and what to change."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Method(BaseModel):
+    """A method by its registry name; all other keys are options that the method's own file declares and checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    train: str = Field("builtin:state-union-train", description="JSON lines, text file, hub id, or builtin:<name>")
+    test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
+    text_field: str = "text"
+    validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
+    max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of the training text")
+
+
+class Analyze(Section):
+    tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
+
+    @model_validator(mode="after")
+    def _range(self) -> "Analyze":
+        if any(not 0 < s < 1 for s in self.sparsities):
+            raise ValueError("sparsities are shares of neurons off, each between 0 and 1")
+        return self
+
+
+class Optimise(Section):
+    tokens: int = Field(24_576, ge=1)
+    window: int = Field(256, ge=8, description="tokens per training sequence")
+    batch: int = Field(4, ge=1, description="sequences per device and micro-batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    save_steps: int = Field(10, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
+    lm_weight: float = Field(0.0, ge=0, description="next-token loss")
+
+    @model_validator(mode="after")
+    def _loss(self) -> "Optimise":
+        if self.kl_weight == 0 and self.lm_weight == 0:
+            raise ValueError("kl_weight and lm_weight are both 0: nothing to train; set one of them above 0")
+        if self.tokens < self.tokens_per_step:
+            raise ValueError(
+                f"tokens ({self.tokens}) is less than one step, window x batch x accumulation = "
+                f"{self.tokens_per_step}; raise tokens or lower one of the three"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.window * self.batch * self.accumulation
+
+
+class Control(Section):
+    learning_rates: tuple[float, ...] = Field((1e-5, 3e-5, 1e-4), min_length=1, description="best on validation wins")
+
+
+class Fit(Section):
+    tokens: int = Field(49_152, ge=1)
+    window: int = Field(1024, ge=8)
+    save_every: int = Field(16, ge=1, description="windows between checkpoints")
+
+
+class Calibrate(Section):
+    tokens: int = Field(4096, ge=1)
+    bytes_skipped: float = Field(0.45, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read")
+
+
+class Export(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class Evaluate(Section):
+    window: int = Field(1024, ge=2)
+    kernel_tokens: int = Field(1024, ge=0, description="tokens decoded one by one through the kernels for the check")
+
+
+class Bench(Section):
+    contexts: tuple[int, ...] = (128,)
+    new_tokens: int = Field(32, ge=2)
+    rounds: int = Field(5, ge=5, description="interleaved rounds; at least 5")
+    threads: tuple[int, ...] = (1, 2)
+    compiled: bool = Field(True, description="also time dense transformers under torch.compile")
+
+
+class Recipe(Section):
+    model: str
+    run: str = Field("", description="run folder; default runs/<recipe name>")
+    seed: int = 0
+    target_sparsity: float = Field(0.6, gt=0, lt=1, description="share of neurons off per token under the rule")
+    data: Data = Data()
+    analyze: Analyze = Analyze()
+    sparsifier: Method = Method(name="threshold")
+    calibrate: Calibrate = Calibrate()
+    finetune: Optimise = Optimise()
+    control: Control = Control()
+    predictor: Method = Method(name="lowrank")
+    fit: Fit = Fit()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+    bench: Bench = Bench()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "Recipe":
+        _known("sparsifier", self.sparsifier.name, SPARSIFIERS)
+        _known("predictor", self.predictor.name, PREDICTORS)
+        ceiling = reachable_bytes_skipped(self.target_sparsity)
+        if self.calibrate.bytes_skipped >= ceiling:
+            raise ValueError(
+                f"calibrate.bytes_skipped ({self.calibrate.bytes_skipped}) cannot be reached: with target_sparsity "
+                f"{self.target_sparsity} even a perfect predictor that costs nothing skips {ceiling:.2f}; raise "
+                "target_sparsity or lower bytes_skipped"
+            )
+        return self
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe."""
+        dump = self.model_dump(mode="json")
+        text = json.dumps({key: dump[key] for key in sections}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reachable_bytes_skipped(sparsity: float) -> float:
+    """Bytes skipped by an oracle that selects exactly the neurons the rule keeps: all three rows of the others."""
+    return sparsity
+
+
+def _known(kind: str, name: str, registry: dict[str, str]) -> None:
+    if name not in registry:
+        raise ValueError(f"{kind}.name {name!r} is unknown{nearest(name, registry)}; known: {', '.join(registry)}")
+
+
+def nearest(word: str, words: Any) -> str:
+    match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return list(model.model_fields)
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line per problem: the key, what is wrong, and for an unknown key the nearest valid one."""
+    lines = []
+    for problem in error.errors():
+        key = prefix + ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            fields = _fields_at(problem["loc"][:-1], model)
+            lines.append(f"unknown key {key!r}{nearest(str(problem['loc'][-1]), fields)} (keys: {', '.join(fields)})")
+        else:
+            lines.append(f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)
+
+
+def _override(settings: dict[str, Any], overrides: list[str]) -> None:
+    """Apply `--a.b value` or `--a.b=value` pairs to nested settings."""
+    words = list(overrides)
+    while words:
+        flag, equals, value = words.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise RecipeError(f"unexpected argument {flag!r}; settings are overridden as --section.key value")
+        if not equals:
+            if not words:
+                raise RecipeError(f"{flag} has no value; write {flag} VALUE")
+            value = words.pop(0)
+        *sections, key = flag.removeprefix("--").split(".")
+        target = settings
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"{flag}: {section!r} is a value, not a section")
+        target[key] = yaml.safe_load(value)
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe, or take `source` as a model and every other setting at its default.
+
+    Raises: RecipeError naming each wrong key with the nearest valid one.
+    """
+    if source.endswith((".yaml", ".yml")):
+        path = Path(source)
+        if not path.is_file():
+            raise RecipeError(f"recipe {source!r} does not exist; `moyu recipes` lists the shipped ones")
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {source!r} is not valid YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise RecipeError(f"recipe {source!r} must be a mapping of settings, got {type(settings).__name__}")
+        name = f"{path.parent.name}-{path.stem}" if path.parent.name else path.stem
+    else:
+        settings, name = {"model": source}, Path(source.replace(":", "-")).name
+    _override(settings, overrides or [])
+    settings.setdefault("run", f"runs/{name}")
+    try:
+        return Recipe.model_validate(settings)
+    except ValidationError as error:
+        raise RecipeError(explain(error, Recipe)) from error

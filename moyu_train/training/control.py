@@ -1,0 +1,89 @@
+"""Holds a sparsifier on a live model during training: masks at the seam, density statistics, closed-loop thresholds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
+from moyu_train.models.masking import Masking
+from moyu_train.training.rule import thresholds_from_tensors, thresholds_to_tensors
+
+STATE_FILE = "moyu_training.safetensors"
+
+
+class SparsityControl(TrainerCallback):
+    """The mask of a model in training, for our trainer or, as a callback, for anyone's.
+
+    The rule acts in every forward. Densities are counted only while `armed` (so not in a recompute or an evaluation),
+    summed over the micro-batches of an optimizer step, all-reduced once at its end, and then move the thresholds.
+
+    Args:
+        model: the student; its config gets the marker at once, so that no checkpoint of it can pass for a dense model.
+        sparsifier: an instance from the registry, with its thresholds.
+        target: density wanted, the share of neurons kept per token.
+    """
+
+    def __init__(self, model: Any, sparsifier: Any, target: float) -> None:
+        self.blocks: list[FFNBlock] = find_blocks(model)
+        self.sparsifier, self.target = sparsifier, target
+        self._armed = True
+        self._counts = torch.zeros(len(self.blocks), 2, dtype=torch.float64)  # kept, seen
+        self.density = torch.full((len(self.blocks),), target, dtype=torch.float64)
+        set_marker(model.config, sparsifier.name)
+        self._masking = Masking(self.blocks, self._keep)
+
+    def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
+        keep = self.sparsifier.keep(layer, a, expert)
+        if self._armed:
+            self._counts[layer, 0] += keep.sum().double().cpu()
+            self._counts[layer, 1] += keep.numel()
+        return keep
+
+    @contextmanager
+    def armed(self, on: bool) -> Iterator[None]:
+        before, self._armed = self._armed, on
+        try:
+            yield
+        finally:
+            self._armed = before
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        counts = self._counts
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            counts = counts.to(args.device)
+            torch.distributed.all_reduce(counts)
+            counts = counts.cpu()
+        self.density = counts[:, 0] / counts[:, 1].clamp_min(1)
+        self._counts = torch.zeros_like(self._counts)
+        for layer, density in enumerate(self.density.tolist()):
+            self.sparsifier.control(layer, density, self.target)
+
+    def metrics(self) -> dict[str, float]:
+        """Target against achieved, for every log line."""
+        return {
+            "sparsity_target": 1 - self.target,
+            "sparsity": 1 - self.density.mean().item(),
+            "sparsity_lowest_layer": 1 - self.density.max().item(),
+            "sparsity_highest_layer": 1 - self.density.min().item(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Thresholds and last densities, fp32 and fp64 whatever the model's dtype, beside a training checkpoint."""
+        tensors = thresholds_to_tensors(self.sparsifier.thresholds)
+        save_file({**tensors, "density": self.density}, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        tensors = load_file(folder / STATE_FILE)
+        self.density = tensors["density"]
+        self.sparsifier.thresholds = thresholds_from_tensors(tensors)
+
+    def remove(self) -> None:
+        self._masking.remove()

@@ -1,0 +1,92 @@
+"""PredictorTrainer: predictors of all layers in one pass over text, under the rule mask, nothing dumped."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.masking import Masking
+from moyu_train.progress import track
+
+
+class PredictorTrainer:
+    """Fits one predictor per FFN block on the activations that the model produces under the rule's mask.
+
+    Args:
+        model: its weights are only read.
+        sparsifier: the rule; its statistic's scales weight the activations.
+        cls, options: the predictor family from the registry.
+        folder: sums are saved there, so that an interrupted fit goes on to the same numbers.
+    """
+
+    def __init__(self, model: Any, sparsifier: Any, cls: type, options: Any, folder: Path) -> None:
+        self.model, self.sparsifier, self.folder = model, sparsifier, folder
+        self.blocks = find_blocks(model)
+        unsupported = {block.layout for block in self.blocks if block.layout != "gated"}
+        if unsupported:
+            raise MoyuError(
+                f"predictors are fitted for gated FFN blocks, this model has {', '.join(sorted(unsupported))} blocks; "
+                "export it without a predictor (moyu export without moyu fit-predictors)"
+            )
+        self.norms = [block.down_norms() for block in self.blocks]
+        device = device_of(model)
+        self.predictors = [cls(options, block.hidden, block.neurons, device) for block in self.blocks]
+
+    @torch.no_grad()
+    def fit(self, windows: Tensor, save_every: int) -> list[dict[str, Tensor]]:
+        """One pass over `windows` int64 `[N, T]`, shared among the processes; the storage form of each predictor."""
+        process = PartialState()
+        windows = windows[process.process_index :: process.num_processes]
+        path = self.folder / f"sums-{process.process_index}-of-{process.num_processes}.safetensors"
+        start = self._resume(path)
+
+        def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
+            x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
+            contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
+            self.predictors[layer].observe(x, contribution)
+            return self.sparsifier.keep(layer, a, expert)
+
+        masking = Masking(self.blocks, keep, inputs=True)
+        with masking:
+            for index in track(range(start, len(windows)), "fit predictors"):
+                ids = windows[index][None].to(device_of(self.model))
+                self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                if (index + 1) % save_every == 0:
+                    self._save(path, index + 1)
+        if process.num_processes > 1:
+            for predictor in self.predictors:
+                for total in predictor.state().values():
+                    torch.distributed.all_reduce(total)
+        return [predictor.solve() for predictor in track(self.predictors, "solve predictors")]
+
+    def _save(self, path: Path, done: int) -> None:
+        tensors = {f"{i}.{k}": v for i, p in enumerate(self.predictors) for k, v in p.state().items()}
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata={"windows": str(done)})
+        temporary.replace(path)
+
+    def _resume(self, path: Path) -> int:
+        if not path.is_file():
+            return 0
+        with safe_open(path, "pt") as file:
+            done = int(file.metadata()["windows"])
+        tensors = load_file(path)
+        for i, predictor in enumerate(self.predictors):
+            predictor.load({name: tensors[f"{i}.{name}"] for name in predictor.state()})
+        return done
+
+
+def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"blocks.{i}.predictor.{name}": t.contiguous() for i, p in enumerate(predictors) for name, t in p.items()}
+
+
+def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    count = sum(name.endswith(".predictor.w1") for name in tensors)
+    names = ("w1", "s1", "w2", "s2", "bias")
+    return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]

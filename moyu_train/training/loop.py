@@ -1,0 +1,65 @@
+"""Calibrates the predictors' cuts with the model in the loop, to the bytes skipped that the user named."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from moyu_train.analysis.histogram import Histogram
+from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
+from moyu_train.evaluation.perplexity import score
+
+TOLERANCE, ROUNDS = 0.002, 8
+
+
+def calibrate_in_loop(
+    model: Any,
+    thresholds: list[Tensor],
+    predictors: list[dict[str, Tensor]],
+    documents: Documents,
+    tokens: int,
+    target: float,
+    itemsize: int,
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Predictors with their cuts folded into the bias, and the figures of the run that found them.
+
+    Every layer selects the same share of its neurons. Each round runs the masked model, takes the layers' cuts from the
+    score distributions that the masked model really produces, and moves the share until the bytes
+    skipped, predictor bytes counted as read, meet the target.
+    """
+    share = min(1.2 * (1 - target), 0.95)
+    cuts = [-math.inf] * len(predictors)  # the first round runs the rule mask, only to see the scores
+    for number in range(ROUNDS):
+        histogram = Histogram(len(predictors), *_range(predictors))
+        with SparseMasks(model, thresholds, predictors, cuts, observe=histogram.add) as masks:
+            perplexity = score(model, documents, 1024, f"calibrate in loop {number + 1}", tokens).perplexity
+        skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
+        if number and abs(skipped - target) <= TOLERANCE:
+            break
+        if number:
+            share = min(max(share + skipped - target, 0.01), 0.99)
+        cuts = histogram.levels(share)
+    else:
+        raise MoyuError(
+            f"calibrate.bytes_skipped {target} was not reached in {ROUNDS} rounds (last {skipped:.3f}); lower it, raise "
+            "target_sparsity or give the predictor another rank"
+        )
+    figures = {
+        "bytes_skipped": skipped,
+        "perplexity": perplexity,
+        "selected_share": share,
+        "rounds": number + 1,
+        "layers": masks.per_layer(),
+    }
+    folded = [{**p, "bias": p["bias"] - cut} for p, cut in zip(predictors, cuts, strict=True)]
+    return folded, figures
+
+
+def _range(predictors: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """Scores stay within a few times the largest mean score of a neuron."""
+    top = max(p["bias"].abs().max().item() for p in predictors)
+    spread = max(p["s2"].max().item() * 127 for p in predictors)
+    reach = 4 * top + 8 * spread
+    return -reach, reach

@@ -1,0 +1,50 @@
+"""Calibrates a sparsifier's levels on text: the quantile of its statistic that keeps the target density."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moyu_train.analysis.histogram import Histogram
+from moyu_train.data import Documents
+from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.masking import Masking
+from moyu_train.progress import track
+
+LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
+
+
+@torch.no_grad()
+def calibrate_rule(
+    model: Any, cls: type, options: Any, density: float, documents: Documents, tokens: int, passes: int
+) -> Any:
+    """A sparsifier whose rule keeps `density` of the neurons of every layer on this text.
+
+    The first pass sees dense activations; each later one sees what the layers before it produce under the mask of the
+    pass before, which is what the rule will meet.
+    """
+    blocks = find_blocks(model)
+    scales = [cls.scales(options, block) for block in blocks]
+    sparsifier: Any = None
+    for number in range(passes):
+        histogram = Histogram(len(blocks), *LOG2_RANGE)
+
+        def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
+            scale = scales[layer] if expert is None else scales[layer][expert]
+            histogram.add(layer, (a.abs().float() * scale).clamp_min(1e-30).log2())  # noqa: B023 - the hook lives no longer than this pass
+            return sparsifier.keep(layer, a, expert) if sparsifier else None  # noqa: B023
+
+        with Masking(blocks, keep):
+            for _, ids in track(documents.windows(1024, tokens), f"calibrate rule {number + 1}/{passes}"):
+                model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+        sparsifier = cls.calibrated(options, blocks, [2.0**level for level in histogram.levels(density)])
+    return sparsifier
+
+
+def thresholds_to_tensors(thresholds: list[Tensor]) -> dict[str, Tensor]:
+    return {f"blocks.{i}.threshold": t.float().contiguous() for i, t in enumerate(thresholds)}
+
+
+def thresholds_from_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
+    count = sum(name.endswith(".threshold") for name in tensors)
+    return [tensors[f"blocks.{i}.threshold"] for i in range(count)]

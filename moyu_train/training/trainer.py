@@ -1,0 +1,116 @@
+"""SparsityTrainer: the HF Trainer with self-distillation from the dense parent under a sparsifier's mask."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from moyu_train.errors import MoyuError
+from moyu_train.files import write_json
+from moyu_train.training.control import SparsityControl
+from moyu_train.training.losses import kl_sum, lm_sum
+
+COMPLETE = "moyu_complete.json"
+
+
+class SparsityTrainer(Trainer):
+    """One loss, one backward: `kl_weight * KL(parent || student) + lm_weight * LM`, each a mean over its own tokens.
+
+    Args:
+        sparsity: the mask's owner, or None for a dense run (the dense control).
+        parent: the dense model, only read; None where kl_weight is 0.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        sparsity: SparsityControl | None,
+        parent: nn.Module | None,
+        kl_weight: float,
+        lm_weight: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
+        self.sparsity, self.kl_weight, self.lm_weight = sparsity, kl_weight, lm_weight
+        self.parent = parent.eval().requires_grad_(False) if parent is not None else None
+        self._parts: dict[str, float] = {}
+        if sparsity is not None:
+            self.add_callback(sparsity)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels = inputs["labels"]
+        tensors = {key: value for key, value in inputs.items() if key != "labels"}
+        training = model.training
+        with self.sparsity.armed(training) if self.sparsity else contextlib.nullcontext():
+            outputs = model(**tensors, use_cache=False)
+        if num_items_in_batch is None:
+            tokens, processes = (labels[:, 1:] != -100).sum(), 1
+        else:
+            tokens, processes = num_items_in_batch, self.accelerator.num_processes
+        loss = outputs.logits.new_zeros((), dtype=torch.float32)
+        if self.kl_weight and self.parent is not None:
+            with torch.no_grad():
+                parent = self.parent(**tensors, use_cache=False).logits
+            kl = kl_sum(outputs.logits, parent, labels)
+            self._parts["kl"] = self._parts.get("kl", 0.0) + kl.item() / float(tokens)
+            loss = loss + self.kl_weight * kl
+        if self.lm_weight:
+            lm = lm_sum(outputs.logits, labels)
+            self._parts["lm"] = self._parts.get("lm", 0.0) + lm.item() / float(tokens)
+            loss = loss + self.lm_weight * lm
+        loss = loss * processes / tokens  # DDP averages gradients over processes; `tokens` is the sum over all of them
+        if not torch.isfinite(loss):
+            raise MoyuError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; the last good checkpoint is kept, "
+                "lower finetune.learning_rate or use finetune.dtype float32"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps = max(self.args.logging_steps, 1)
+            logs |= {name: value / steps for name, value in self._parts.items()}
+            self._parts = {}
+            if self.sparsity:
+                logs |= self.sparsity.metrics()
+        super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.sparsity:
+            self.sparsity.load(Path(resume_from_checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.sparsity:
+                self.sparsity.save(folder)
+            write_json(folder / COMPLETE, {"step": self.state.global_step})
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose completion mark, written last, is there; incomplete ones are deleted."""
+    complete = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / COMPLETE).is_file():
+            complete.append((json.loads((path / COMPLETE).read_text())["step"], path))
+        else:
+            shutil.rmtree(path)
+    return max(complete)[1] if complete else None
