@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from moyu_train import data
+from moyu_train import __version__, data
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.loading import Source, load_dense, load_tokenizer, parameter_count, resolve_source
@@ -27,6 +27,7 @@ from moyu_train.progress import console
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.launch import start_processes
 
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
 
@@ -46,22 +47,18 @@ STAGES = {
         Stage(
             "calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")
         ),
-        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate",), ("finetune",)),
-        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control")),
-        Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("finetune",), ("fit", "predictor")),
-        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("calibrate", "export")),
-        Stage(
-            "untouched",
-            "moyu_train.training.stages:untouched",
-            ("calibrate",),
-            ("fit", "predictor", "calibrate", "export"),
-        ),
-        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("calibrate-in-loop",), ("export",)),
+        Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor")),
+        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",)),
+        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune",)),
+        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",)),
+        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",)),
+        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "evaluate")),
+        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(
             "evaluate",
             "moyu_train.evaluation.stage:evaluate",
-            ("export", "control", "untouched"),
+            ("export", "control"),
             ("evaluate",),
         ),
         Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",)),
@@ -80,6 +77,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run)
+        start_processes()
         resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
         resolve("predictor", recipe.predictor, PREDICTORS)
         check_writable(self.folder, 0)
@@ -135,7 +133,7 @@ class Run:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def key(self, stage: Stage) -> str:
-        parts = [stage.name, self.inputs_digest, self.recipe.digest(*KEEP, *stage.sections)]
+        parts = [__version__, stage.name, self.inputs_digest, self.recipe.digest(*KEEP, *stage.sections)]
         parts += [self.key(STAGES[name]) for name in stage.needs]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -131,6 +131,16 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     bench: Bench = Bench()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_methods(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Options may be given without the name: they are then the default method's."""
+        named = dict(settings)
+        for kind in ("sparsifier", "predictor"):
+            if isinstance(named.get(kind), dict):
+                named[kind] = {"name": cls.model_fields[kind].default.name, **named[kind]}
+        return named
+
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
         _known("sparsifier", self.sparsifier.name, SPARSIFIERS)

@@ -4,18 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 
 from moyu_train.checkpoints.export import export
 from moyu_train.checkpoints.verify import verify
-from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import row_bytes
 from moyu_train.files import check_writable
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.predictors.lowrank import stored_bytes
-from moyu_train.training.fit import predictors_from_tensors
-from moyu_train.training.rule import thresholds_from_tensors
+from moyu_train.training.stages import read
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
@@ -28,12 +25,9 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     dtype = getattr(torch, run.recipe.export.dtype)
     model = load_dense(run.stage_folder("finetune") / "model", dtype)
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    tensors = load_file(run.stage_folder("calibrate-in-loop") / "state.safetensors")
-    predictors = predictors_from_tensors(tensors)
-    if not predictors:
-        raise MoyuError("no predictors found; run `moyu fit-predictors` and `moyu calibrate-in-loop` first")
+    thresholds, predictors = read(run.stage_folder("recalibrate"))
     rule, family = run.recipe.sparsifier.name, run.recipe.predictor.name
-    export(model, run.tokenizer, folder / CHECKPOINT, rule, thresholds_from_tensors(tensors), predictors, family)
+    export(model, run.tokenizer, folder / CHECKPOINT, rule, thresholds, predictors, family)
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)

@@ -8,6 +8,7 @@ from typing import Any
 
 import moyu_kernels
 import torch
+from moyu_kernels.loading import CheckpointError
 
 from moyu_train.checkpoints.export import read_state
 from moyu_train.errors import MoyuError
@@ -38,7 +39,10 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
 
     Raises: MoyuError where any of it does not hold.
     """
-    sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="rule")
+    try:
+        sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="rule")
+    except CheckpointError as error:
+        raise MoyuError(str(error)) from error
     vocabulary = sparse.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     found = sparse(input_ids=ids, use_cache=False).logits

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import moyu_kernels
 import torch
-from safetensors.torch import load_file
 
 from moyu_train.checkpoints.export import MANIFEST, read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
@@ -17,8 +16,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
-from moyu_train.training.fit import predictors_from_tensors
-from moyu_train.training.rule import thresholds_from_tensors
+from moyu_train.training.stages import read
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
@@ -85,9 +83,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens)
     model = run.dense()
     dense = score(model, documents, window, "evaluate: dense")
-    tensors = load_file(run.stage_folder("untouched") / "state.safetensors")
-    predictors = predictors_from_tensors(tensors)
-    with SparseMasks(model, thresholds_from_tensors(tensors), predictors) as masks:
+    thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
+    with SparseMasks(model, thresholds, predictors) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, model_itemsize(checkpoint))
     model = load_dense(run.stage_folder("control") / run.figures("control")["model"])

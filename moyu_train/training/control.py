@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moyu_kernels.ops.ffn.naive import predictor_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,23 +27,35 @@ class SparsityControl(TrainerCallback):
     Args:
         model: the student; its config gets the marker at once, so that no checkpoint of it can pass for a dense model.
         sparsifier: an instance from the registry, with its thresholds.
-        target: density wanted, the share of neurons kept per token.
+        target: density that the rule is held at, the share of neurons kept per token.
+        predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
     """
 
-    def __init__(self, model: Any, sparsifier: Any, target: float) -> None:
+    def __init__(
+        self, model: Any, sparsifier: Any, target: float, predictors: list[dict[str, Tensor]] | None = None
+    ) -> None:
         self.blocks: list[FFNBlock] = find_blocks(model)
-        self.sparsifier, self.target = sparsifier, target
+        self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
         self._armed = True
-        self._counts = torch.zeros(len(self.blocks), 2, dtype=torch.float64)  # kept, seen
-        self.density = torch.full((len(self.blocks),), target, dtype=torch.float64)
+        self._counts = self._zeros()
+        self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         set_marker(model.config, sparsifier.name)
-        self._masking = Masking(self.blocks, self._keep)
+        self._masking = Masking(self.blocks, self._keep, inputs=predictors is not None)
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self.blocks), 4, dtype=torch.float64)  # rule, selected, kept, seen
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
-        keep = self.sparsifier.keep(layer, a, expert)
+        rule = keep = self.sparsifier.keep(layer, a, expert)
+        selected = torch.ones_like(rule)
+        if self.predictors:
+            with torch.no_grad():
+                scores = predictor_scores(self._masking.input(layer), *self.predictors[layer].values())
+            selected = scores.view_as(a) > 0
+            keep = rule & selected
         if self._armed:
-            self._counts[layer, 0] += keep.sum().double().cpu()
-            self._counts[layer, 1] += keep.numel()
+            sums = [mask.sum().double() for mask in (rule, selected, keep)]
+            self._counts[layer] += torch.stack([*sums, sums[0].new_tensor(keep.numel())]).cpu()
         return keep
 
     @contextmanager
@@ -61,18 +74,21 @@ class SparsityControl(TrainerCallback):
             counts = counts.to(args.device)
             torch.distributed.all_reduce(counts)
             counts = counts.cpu()
-        self.density = counts[:, 0] / counts[:, 1].clamp_min(1)
-        self._counts = torch.zeros_like(self._counts)
-        for layer, density in enumerate(self.density.tolist()):
+        self.density = counts[:, :3] / counts[:, 3:].clamp_min(1)
+        self._counts = self._zeros()
+        for layer, density in enumerate(self.density[:, 0].tolist()):
             self.sparsifier.control(layer, density, self.target)
 
     def metrics(self) -> dict[str, float]:
-        """Target against achieved, for every log line."""
+        """Target against achieved, for every log line; `kept` is what rule and prediction leave together."""
+        rule, selected, kept = self.density.mean(0).tolist()
         return {
             "sparsity_target": 1 - self.target,
-            "sparsity": 1 - self.density.mean().item(),
-            "sparsity_lowest_layer": 1 - self.density.max().item(),
-            "sparsity_highest_layer": 1 - self.density.min().item(),
+            "sparsity": 1 - rule,
+            "sparsity_lowest_layer": 1 - self.density[:, 0].max().item(),
+            "sparsity_highest_layer": 1 - self.density[:, 0].min().item(),
+            "selected": selected,
+            "kept": kept,
         }
 
     def save(self, folder: Path) -> None:

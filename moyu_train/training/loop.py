@@ -26,10 +26,11 @@ def calibrate_in_loop(
     """Predictors with their cuts folded into the bias, and the figures of the run that found them.
 
     Every layer selects the same share of its neurons. Each round runs the masked model, takes the layers' cuts from the
-    score distributions that the masked model really produces, and moves the share until the bytes
+    score distributions that the masked model really produces, and moves the share by secant steps until the bytes
     skipped, predictor bytes counted as read, meet the target.
     """
-    share = min(1.2 * (1 - target), 0.95)
+    share, slope = min(1.2 * (1 - target), 0.95), 0.75  # slope: bytes skipped per share of neurons not selected
+    last: tuple[float, float] | None = None
     cuts = [-math.inf] * len(predictors)  # the first round runs the rule mask, only to see the scores
     for number in range(ROUNDS):
         histogram = Histogram(len(predictors), *_range(predictors))
@@ -39,7 +40,10 @@ def calibrate_in_loop(
         if number and abs(skipped - target) <= TOLERANCE:
             break
         if number:
-            share = min(max(share + skipped - target, 0.01), 0.99)
+            if last and abs(share - last[0]) > 1e-4:
+                slope = min(max((last[1] - skipped) / (share - last[0]), 0.4), 1.5)
+            last = share, skipped
+            share = min(max(share + (skipped - target) / slope, 0.01), 0.99)
         cuts = histogram.levels(share)
     else:
         raise MoyuError(

@@ -1,4 +1,4 @@
-"""The training stages of a recipe: calibrate, finetune, control, fit-predictors, calibrate-in-loop, untouched."""
+"""The training stages of a recipe: calibrate, fit-predictors, calibrate-in-loop, finetune, recalibrate, control."""
 
 import gc
 import json
@@ -32,8 +32,17 @@ from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoin
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
-THRESHOLDS, PREDICTOR_FILE = "thresholds.safetensors", "predictors.safetensors"
+STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def write(folder: Path, thresholds: list[Tensor], predictors: list[dict[str, Tensor]]) -> None:
+    save_file(thresholds_to_tensors(thresholds) | predictors_to_tensors(predictors), folder / STATE)
+
+
+def read(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    tensors = load_file(folder / STATE)
+    return thresholds_from_tensors(tensors), predictors_from_tensors(tensors)
 
 
 class Windows(Dataset):
@@ -56,7 +65,7 @@ def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     model = run.dense()
     density = 1 - recipe.target_sparsity
     rule = calibrate_rule(model, cls, options, density, run.train, recipe.calibrate.tokens, passes=2)
-    save_file(thresholds_to_tensors(rule.thresholds), folder / THRESHOLDS)
+    write(folder, rule.thresholds, [])
     return {"tokens": recipe.calibrate.tokens, "density": density}
 
 
@@ -119,24 +128,71 @@ def train(
     return [line for line in trainer.state.log_history if "loss" in line]
 
 
+def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
+    recipe = run.recipe
+    sparsifier, sparsifier_options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
+    trainer = PredictorTrainer(model, sparsifier(sparsifier_options, thresholds), cls, options, folder)
+    windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    predictors = trainer.fit(windows, recipe.fit.save_every)
+    write(folder, thresholds, predictors)
+    return {
+        "tokens": windows.numel(),
+        "family": cls.name,
+        "predictor_bytes": sum(map(stored_bytes, predictors)),
+        "ffn_sha256": ffn_sha256(model),
+    }
+
+
+def fit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
+    """Predictors of the dense model's activations under the rule, all layers in one pass."""
+    thresholds, _ = read(run.stage_folder("calibrate"))
+    return _fit(run, folder, run.dense(), thresholds)
+
+
+def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
+    """Predictors again, of the fine-tuned model: its activations have moved, and become easier to predict."""
+    source = run.stage_folder("finetune")
+    thresholds, _ = read(source)
+    return _fit(run, folder, load_dense(source / "model"), thresholds)
+
+
+def _in_loop(run: "Run", folder: Path, source: Path, model: Any) -> dict[str, Any]:
+    thresholds, fitted = read(source)
+    settings = run.recipe.calibrate
+    itemsize = ITEMSIZE[run.recipe.export.dtype]
+    predictors, figures = calibrate_in_loop(
+        model, thresholds, fitted, run.validation, settings.tokens, settings.bytes_skipped, itemsize
+    )
+    write(folder, thresholds, predictors)
+    return figures
+
+
+def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
+    """Cuts with the untouched dense model in the loop: what the training starts from, and is compared with."""
+    model = run.dense()
+    _check_weights(run, "fit-predictors", model)
+    return _in_loop(run, folder, run.stage_folder("fit-predictors"), model)
+
+
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
-    """Fine-tune under the rule's hard mask, then calibrate the rule again on the new weights."""
+    """Fine-tune under the very mask that the export decodes with: the rule and the predictors together.
+
+    The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
+    """
     recipe, settings = run.recipe, run.recipe.finetune
     parameters, config = run.parameters
     needed = training_bytes(parameters, config, settings.batch * settings.window, settings.kl_weight > 0)
     check_memory(needed, "finetune", "finetune.batch, finetune.window or choose a smaller model")
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-    rule = cls(options, thresholds_from_tensors(load_file(run.stage_folder("calibrate") / THRESHOLDS)))
-    density = 1 - recipe.target_sparsity
+    thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
     model = run.dense()
-    sparsity = SparsityControl(model, rule, density)
+    sparsity = SparsityControl(model, cls(options, thresholds), 1 - recipe.target_sparsity, predictors)
     log = train(run, folder, settings, settings.learning_rate, sparsity, model)
     sparsity.remove()
-    model.eval()
-    rule = calibrate_rule(model, cls, options, density, run.train, recipe.calibrate.tokens, passes=2)
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        save_file(thresholds_to_tensors(rule.thresholds), folder / THRESHOLDS)
+        write(folder, sparsity.sparsifier.thresholds, predictors)
         model.save_pretrained(folder / "model")
         run.tokenizer.save_pretrained(folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -150,6 +206,18 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         "loss_last": log[-1]["loss"],
         "ffn_sha256": ffn_sha256(model),
     }
+
+
+def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
+    """Cuts again, with the fine-tuned model in the loop."""
+    model = load_dense(run.stage_folder("finetune") / "model")
+    _check_weights(run, "refit-predictors", model)
+    return _in_loop(run, folder, run.stage_folder("refit-predictors"), model)
+
+
+def _check_weights(run: "Run", stage: str, model: Any) -> None:
+    if ffn_sha256(model) != run.figures(stage)["ffn_sha256"]:
+        raise MoyuError(f"the predictors were fitted for other weights; run `moyu {stage}` again")
 
 
 def control(run: "Run", folder: Path) -> dict[str, Any]:
@@ -178,57 +246,3 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
             shutil.rmtree(folder / f"lr-{rate}" / "model", ignore_errors=True)
     return {"validation_perplexity": tried, "best_learning_rate": best, "model": f"lr-{best}/model",
             "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step}
-
-
-def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
-    recipe = run.recipe
-    sparsifier, sparsifier_options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-    cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
-    trainer = PredictorTrainer(model, sparsifier(sparsifier_options, thresholds), cls, options, folder)
-    windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
-    predictors = trainer.fit(windows, recipe.fit.save_every)
-    save_file(predictors_to_tensors(predictors), folder / PREDICTOR_FILE)
-    return {
-        "tokens": windows.numel(),
-        "family": cls.name,
-        "predictor_bytes": sum(map(stored_bytes, predictors)),
-        "ffn_sha256": ffn_sha256(model),
-    }
-
-
-def fit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
-    """Predictors of the fine-tuned model, all layers in one pass."""
-    source = run.stage_folder("finetune")
-    return _fit(run, folder, load_dense(source / "model"), thresholds_from_tensors(load_file(source / THRESHOLDS)))
-
-
-def _in_loop(run: "Run", folder: Path, fitted: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
-    recipe = run.recipe
-    predictors, figures = calibrate_in_loop(
-        model,
-        thresholds,
-        predictors_from_tensors(load_file(fitted / PREDICTOR_FILE)),
-        run.validation,
-        recipe.calibrate.tokens,
-        recipe.calibrate.bytes_skipped,
-        ITEMSIZE[recipe.export.dtype],
-    )
-    save_file(thresholds_to_tensors(thresholds) | predictors_to_tensors(predictors), folder / "state.safetensors")
-    return figures
-
-
-def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
-    """Cuts of the predictors with the fine-tuned model in the loop."""
-    source, fitted = run.stage_folder("finetune"), run.stage_folder("fit-predictors")
-    model = load_dense(source / "model")
-    if ffn_sha256(model) != run.figures("fit-predictors")["ffn_sha256"]:
-        raise MoyuError("the predictors were fitted for other weights; run `moyu fit-predictors` again")
-    return _in_loop(run, folder, fitted, model, thresholds_from_tensors(load_file(source / THRESHOLDS)))
-
-
-def untouched(run: "Run", folder: Path) -> dict[str, Any]:
-    """The same pipeline without fine-tuning: what the training bought, at equal bytes."""
-    model = run.dense()
-    thresholds = thresholds_from_tensors(load_file(run.stage_folder("calibrate") / THRESHOLDS))
-    fitted = _fit(run, folder, model, thresholds)
-    return {**_in_loop(run, folder, folder, model, thresholds), "tokens": fitted["tokens"]}

@@ -1,0 +1,71 @@
+"""Plots of a run, matplotlib without a display."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+TITLES = (
+    "Over-activation: perplexity under oracle masks",
+    "Neurons selected and kept, layer by layer",
+    "Quality against bytes skipped",
+    "Training",
+)
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def uplift(analysis: dict[str, Any]) -> Figure:
+    """Perplexity of the dense model, relative, when only its largest contributions are kept."""
+    figure, axes = _axes("neurons off (oracle, per token)", "perplexity, relative to dense")
+    curve = analysis["uplift"]
+    dense = curve[0]["perplexity"]
+    axes.plot([p["sparsity"] for p in curve], [p["perplexity"] / dense for p in curve], marker="o")
+    axes.set_yscale("log")
+    return figure
+
+
+def layers(rows: list[dict[str, Any]], target: float) -> Figure:
+    figure, axes = _axes("layer", "share of the layer's neurons")
+    axes.plot([row["selected"] for row in rows], label="selected by the predictor (gate and up read)")
+    axes.plot([row["kept"] for row in rows], label="kept (down read)")
+    axes.plot([row["mass_kept"] for row in rows], label="contribution kept, of what the rule keeps", color="grey")
+    axes.axhline(1 - target, linestyle=":", color="black", label="density target of the rule")
+    axes.set_ylim(0, 1.05)
+    axes.legend()
+    return figure
+
+
+def quality(result: dict[str, Any]) -> Figure:
+    figure, axes = _axes("FFN bytes skipped", "perplexity, relative to the best dense model")
+    best = min(result["ppl"]["dense"], result["ppl"]["control"])
+    points = (
+        ("dense", 0.0),
+        ("control", 0.0),
+        ("untouched", result["untouched_bytes_skipped"]),
+        ("sparse", result["bytes_skipped"]),
+    )
+    for name, skipped in points:
+        axes.scatter(skipped, result["ppl"][name] / best, s=60)
+        axes.annotate(name, (skipped, result["ppl"][name] / best), xytext=(6, 6), textcoords="offset points")
+    axes.set_xlim(-0.02, 1)
+    return figure
+
+
+def training(metrics: Path) -> Figure:
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = _axes("step", "loss (nats per token)")
+    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="loss")
+    sparsity = axes.twinx()
+    sparsity.plot([line["step"] for line in lines], [line["sparsity"] for line in lines], color="tab:green")
+    sparsity.axhline(lines[-1]["sparsity_target"], linestyle=":", color="tab:green")
+    sparsity.set_ylabel("sparsity under the rule, target dotted", color="tab:green")
+    return figure

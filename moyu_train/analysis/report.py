@@ -1,0 +1,109 @@
+"""The report stage: result.json, the tables, three plots and one HTML file that opens offline."""
+
+import base64
+import hashlib
+import html
+import io
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from moyu_train.analysis import plots
+from moyu_train.analysis.tables import console, quality_table, speed_table
+from moyu_train.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from moyu_train.pipeline import Run
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}}
+img{{max-width:100%}} pre{{line-height:1.25;overflow-x:auto}} .lead{{font-size:1.15rem}}
+</style><h1>{title}</h1><p class="lead">{lead}</p>{tables}{figures}
+<h2>Where the numbers come from</h2><pre>{source}</pre></html>
+"""
+
+
+def collect(run: "Run") -> dict[str, Any]:
+    """The content of result.json (names documented in docs/results.md), from the finished stages of this very recipe."""
+    figures = {name: run.figures(name) for name in ("finetune", "control", "export", "verify", "evaluate", "bench")}
+    tuned, evaluated, timed = figures["finetune"], figures["evaluate"], figures["bench"]
+    return {
+        "model": run.recipe.model,
+        "tokens_trained": tuned["tokens"],
+        "tokens": evaluated["tokens"],
+        "documents": evaluated["documents"],
+        "ppl": evaluated["ppl"],
+        "ratio": evaluated["ratio"],
+        "ratio_interval": evaluated["ratio_interval"],
+        "bytes_skipped": evaluated["bytes_skipped"],
+        "neurons_off": evaluated["neurons_off"],
+        "rule_neurons_off": evaluated["rule_neurons_off"],
+        "untouched_bytes_skipped": evaluated["untouched_bytes_skipped"],
+        "predictor_bytes_share": figures["export"]["predictor_bytes_share"],
+        "control_learning_rate": figures["control"]["best_learning_rate"],
+        "overlap_13gram": evaluated["overlap_13gram"],
+        "kernels": evaluated["kernels"],
+        "decode_tokens_per_second": timed["decode_tokens_per_second"],
+        "bandwidth_gb_s": timed["bandwidth_gb_s"],
+        "bandwidth_share": timed["bandwidth_share"],
+        "over_best_transformers": timed["over_best_transformers"],
+        "over_dense_runner": timed["over_dense_runner"],
+        "bench": timed["rows"],
+        "rounds": run.recipe.bench.rounds,
+        "dtype": run.recipe.export.dtype,
+        "mask_path": "predictor and rule, through moyu_kernels",
+        "hashes": {
+            "recipe": hashlib.sha256(run.recipe.model_dump_json().encode()).hexdigest(),
+            "inputs": run.inputs_digest,
+            "ffn": tuned["ffn_sha256"],
+            "manifest": evaluated["manifest_sha256"],
+        },
+    }
+
+
+def report(run: "Run", folder: Path) -> dict[str, Any]:
+    """Write result.json, report.html and the PNGs into the run folder, and print the tables."""
+    result = collect(run)
+    images = {
+        "uplift.png": plots.uplift(run.figures("analyze")),
+        "layers.png": plots.layers(run.figures("evaluate")["layers"], run.recipe.target_sparsity),
+        "quality.png": plots.quality(result),
+        "training.png": plots.training(run.stage_folder("finetune") / "metrics.jsonl"),
+    }
+    for name, figure in images.items():
+        figure.savefig(run.folder / name, dpi=120)
+    tables = [quality_table(result), speed_table(result)]
+    lead = (
+        f"{result['bytes_skipped']:.0%} of the FFN's weight bytes are not read per decoded token, at "
+        f"{result['ratio']:.3f} times the perplexity of the best dense model, decoding "
+        f"{result['over_best_transformers']['speedup']:.2f} times as fast as the best dense transformers setting and "
+        f"{result['over_dense_runner']['speedup']:.2f} times as fast as the same runner dense."
+    )
+    source = json.dumps({"recipe": run.recipe.model_dump(mode="json"), "hashes": result["hashes"],
+                         "machine": f"{platform.machine()}, Python {platform.python_version()}"}, indent=1)
+    pictures = "".join(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{_png(figure)}">'
+                       for figure, title in zip(images.values(), plots.TITLES, strict=True))
+    page = PAGE.format(title=f"moyu: {html.escape(result['model'])}", lead=html.escape(lead), figures=pictures,
+                       tables="".join(f"<pre>{html.escape(_text(table))}</pre>" for table in tables),
+                       source=html.escape(source))
+    write_text(run.folder / "report.html", page)
+    write_json(run.folder / "result.json", result)
+    for table in tables:
+        console.print(table)
+    console.print(f"run folder: {run.folder.resolve()} (result.json, report.html, {', '.join(images)})")
+    return result
+
+
+def _png(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _text(table: Any) -> str:
+    paper = Console(file=io.StringIO(), width=130, record=True)
+    paper.print(table)
+    return paper.export_text()

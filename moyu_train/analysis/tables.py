@@ -1,0 +1,88 @@
+"""Result tables in the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+def quality_table(result: dict[str, Any]) -> Table:
+    """Perplexity of every variant beside what it skips."""
+    ppl, best = result["ppl"], min(result["ppl"]["dense"], result["ppl"]["control"])
+    table = Table(title=f"Quality on {result['tokens']} held-out tokens of {result['documents']} documents")
+    for name, justify in (("variant", "left"), ("perplexity", "right"), ("ratio", "right"), ("FFN bytes skipped", "right"),
+                          ("neurons off", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    skipped, off = result["bytes_skipped"], result["neurons_off"]
+    rows: list[tuple[str, str, float | None, float | None]] = [
+        ("dense parent", "dense", 0.0, 0.0),
+        (f"dense control (learning rate {result['control_learning_rate']})", "control", 0.0, 0.0),
+        ("sparse, as it decodes", "sparse", skipped, off),
+        ("rule mask, exact", "rule", None, result["rule_neurons_off"]),
+        ("oracle at the sparse model's density", "oracle", None, off),
+        ("untouched model, same pipeline", "untouched", result["untouched_bytes_skipped"], None),
+    ]
+    for label, name, share, neurons in rows:
+        style = "bold" if name == "sparse" else None
+        cells = [f"{ppl[name]:.3f}", f"{ppl[name] / best:.3f}", _share(share), _share(neurons)]
+        table.add_row(label, *cells, style=style)
+    low, high = result["ratio_interval"]
+    table.caption = (
+        f"ratio: to the smaller of dense and control; sparse 95 % interval {low:.3f} to {high:.3f} over documents. "
+        f"Predictors are {result['predictor_bytes_share']:.1%} of the FFN's bytes, counted as read."
+    )
+    return table
+
+
+def speed_table(result: dict[str, Any]) -> Table:
+    table = Table(title=f"Decoding, batch 1, {result['dtype']}, median of {result['rounds']} interleaved rounds")
+    columns = ("setting", "threads", "context", "tokens/s", "min to max", "MB read", "GB/s", "of bandwidth", "first token")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "setting" else "right")
+    for row in result["bench"]:
+        table.add_row(
+            row["setting"].replace("_", " "),
+            str(row["threads"]),
+            str(row["context"]),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['tokens_per_second_min']:.1f} to {row['tokens_per_second_max']:.1f}",
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['gb_s']:.1f}",
+            f"{row['bandwidth_share']:.0%}",
+            f"{row['first_token_seconds']:.2f} s",
+            style="bold" if row["setting"] == "sparse" else None,
+        )
+    stock, runner = result["over_best_transformers"], result["over_dense_runner"]
+    table.caption = (
+        f"sparse over best dense transformers ({stock['setting'].replace('_', ' ')}, {stock['threads']} threads): "
+        f"{stock['speedup']:.2f}x ({stock['least']:.2f} to {stock['most']:.2f}); over the same runner dense: "
+        f"{runner['speedup']:.2f}x ({runner['least']:.2f} to {runner['most']:.2f}). "
+        f"Bandwidth of this machine in this run: {result['bandwidth_gb_s']:.1f} GB/s."
+    )
+    return table
+
+
+def print_figures(verb: str, figures: dict[str, Any]) -> None:
+    """The scalar figures of one verb; lists and nested ones are in its --json file."""
+    table = Table(title=verb)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in _flat(figures):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def _flat(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list | tuple):
+            rows.append((prefix + name, value))
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,39 @@
+"""The verbs that take a sparse checkpoint's folder in place of a recipe."""
+
+from pathlib import Path
+from typing import Any
+
+from moyu_train import data
+from moyu_train.checkpoints.export import MANIFEST
+from moyu_train.checkpoints.verify import verify
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.bench import bench_checkpoint
+from moyu_train.evaluation.stage import evaluate_checkpoint
+from moyu_train.models.loading import load_tokenizer
+from moyu_train.recipe import Recipe
+
+
+def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
+    if not (folder / MANIFEST).is_file():
+        raise MoyuError(f"{str(folder)!r} has no {MANIFEST}: it was not written to its end; export it again")
+    texts = data.read_texts(recipe.data.test, recipe.data.text_field)
+    return data.tokenise(texts, load_tokenizer(folder), recipe.data.test, 2)
+
+
+def verify_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    return verify(folder)
+
+
+def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    documents = _test_documents(folder, recipe)
+    found = evaluate_checkpoint(folder, documents, recipe.evaluate.window, recipe.evaluate.kernel_tokens)
+    ppl = {"sparse": found["scores"], "oracle": found["oracle"], "rule": found["rule"]}
+    return {
+        "tokens": documents.total,
+        "ppl": {name: scores.perplexity for name, scores in ppl.items()},
+        **{name: found.get(name) for name in ("bytes_skipped", "neurons_off", "kernels", "layers")},
+    }
+
+
+def bench_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    return bench_checkpoint(folder, _test_documents(folder, recipe).tokens[0], recipe.bench)

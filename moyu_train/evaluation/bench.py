@@ -1,0 +1,225 @@
+"""Times decoding: stock transformers (eager, compiled) at each thread count, our runner dense, our runner sparse.
+
+All decode the same forced tokens, interleaved round by round with a reading of the machine's bandwidth, in one dtype.
+A row says what it had to read and what share of the bandwidth of that minute it reached.
+"""
+
+import gc
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import moyu_kernels
+import torch
+from moyu_kernels.ops.cpu import read_bandwidth
+from torch import Tensor
+from transformers import StaticCache
+
+from moyu_train.checkpoints.stage import CHECKPOINT
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import row_bytes
+from moyu_train.evaluation.stage import model_itemsize
+from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.models.loading import load_dense
+from moyu_train.progress import track
+from moyu_train.recipe import Bench
+
+if TYPE_CHECKING:
+    from moyu_train.pipeline import Run
+
+
+class Decoder(Protocol):
+    """Something that decodes one forced token at a time at a growing position."""
+
+    def prefill(self, ids: Tensor) -> Any: ...
+    def seek(self, position: int) -> None: ...
+    def step(self, token: Tensor) -> Any: ...
+
+
+class StockDecoder:
+    """transformers with a static cache, its single-token forward eager or compiled."""
+
+    def __init__(self, model: Any, max_length: int, compiled: bool) -> None:
+        self.model = model
+        self.token, self.position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+        self.cache = StaticCache(model.config, max_cache_len=max_length)
+        self._forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> None:
+        self.cache.reset()
+        self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)
+        self.position.fill_(ids.shape[1])
+
+    def seek(self, position: int) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(position)
+        self.position.fill_(position)
+
+    @torch.inference_mode()
+    def step(self, token: Tensor) -> Tensor:
+        self.token.copy_(token)
+        logits = self._forward(input_ids=self.token, past_key_values=self.cache, position_ids=self.position).logits
+        self.position += 1
+        return logits
+
+
+def bytes_per_token(model: Any, context: int) -> tuple[int, int]:
+    """(weights, keys and values) that a dense batch-1 step reads; an input embedding that is not the head is not read."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.data_ptr() != head.data_ptr():
+        weights -= embedding.numel() * embedding.element_size()
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return weights, 2 * config.num_hidden_layers * heads * size * context * model.dtype.itemsize
+
+
+def ffn_read(model: Any, blocks: list[FFNBlock], itemsize: int) -> tuple[float, float]:
+    """(bytes read, bytes dense) of all FFNs per decoded token, from the counters of the sparse modules."""
+    read = dense = 0.0
+    for block in blocks:
+        module = model.get_submodule(block.path)
+        tokens, selected, kept = module.counts.tolist()
+        state = [module.threshold, *module.predictor]
+        read += row_bytes(block, itemsize) * (2 * selected + kept) / tokens
+        read += sum(t.numel() * t.element_size() for t in state)
+        dense += 3 * block.neurons * block.hidden * itemsize
+    return read, dense
+
+
+def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, Any]:
+    """Rows and summary for a sparse checkpoint.
+
+    Args: text: int64 token ids to decode, at least the largest context and `new_tokens` more.
+    Raises: MoyuError where the text is too short, or a bandwidth share above 1.02 shows that a timing is wrong.
+    """
+    need = max(settings.contexts) + settings.new_tokens + 1
+    if len(text) < need:
+        raise MoyuError(f"the held-out text has {len(text)} tokens in its first document, bench needs {need}; lower "
+                        "bench.contexts or bench.new_tokens")
+    itemsize = model_itemsize(folder)
+    started = time.monotonic()
+    sparse = moyu_kernels.from_pretrained(folder)
+    load_seconds = time.monotonic() - started
+    dense = load_dense(folder, sparse.dtype)
+    blocks = find_blocks(dense)
+    buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
+    rows: list[dict[str, Any]] = []
+    before = torch.get_num_threads()
+    try:
+        for context in settings.contexts:
+            rows += _bench_context(sparse, dense, blocks, itemsize, text, context, settings, buffer)
+    finally:
+        torch.set_num_threads(before)
+        torch.compiler.reset()
+    gc.collect()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
+
+
+def _bench_context(
+    sparse: Any,
+    dense: Any,
+    blocks: list[FFNBlock],
+    itemsize: int,
+    text: Tensor,
+    context: int,
+    settings: Bench,
+    buffer: Tensor,
+) -> list[dict[str, Any]]:
+    length, threads = context + settings.new_tokens + 1, max(settings.threads)
+    decoders: dict[tuple[str, int], Decoder] = {}
+    for count in settings.threads:
+        decoders["dense_eager", count] = StockDecoder(dense, length, compiled=False)
+        if settings.compiled:
+            decoders["dense_compiled", count] = StockDecoder(dense, length, compiled=True)
+    decoders["dense_runner", threads] = moyu_kernels.Runner(dense, max_length=length)
+    decoders["sparse", threads] = moyu_kernels.Runner(sparse, max_length=length)
+    first: dict[tuple[str, int], float] = {}
+    for key, decoder in track(list(decoders.items()), f"bench: prefill and warm up at {context}"):
+        torch.set_num_threads(key[1])
+        started = time.perf_counter()
+        decoder.prefill(text[None, :context])
+        first[key] = time.perf_counter() - started
+        for offset in range(3):  # compiles
+            decoder.step(text[None, context + offset : context + offset + 1])
+    for block in blocks:
+        sparse.get_submodule(block.path).counts.zero_()
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in decoders}
+    bandwidth: list[float] = []
+    for _ in track(range(settings.rounds), f"bench: decode at {context}"):
+        torch.set_num_threads(threads)
+        bandwidth.append(read_bandwidth(buffer))
+        for key, decoder in decoders.items():
+            torch.set_num_threads(key[1])
+            decoder.seek(context)
+            started = time.perf_counter()
+            for offset in range(settings.new_tokens):
+                decoder.step(text[None, context + offset : context + offset + 1])
+            times[key].append((time.perf_counter() - started) / settings.new_tokens)
+    weights, cache = bytes_per_token(dense, context)
+    read, ffn_dense = ffn_read(sparse, blocks, itemsize)
+    rows = []
+    for (name, count), seconds in times.items():
+        moved = weights + cache - (ffn_dense - read if name == "sparse" else 0)
+        rate = moved / statistics.median(seconds) / 1e9
+        share = rate / statistics.median(bandwidth)
+        if share > 1.02:
+            raise MoyuError(f"bench: {name} reached {share:.2f} of the measured bandwidth, which cannot be; run it again "
+                            "on a quieter machine")
+        rows.append(
+            {
+                "setting": name,
+                "threads": count,
+                "context": context,
+                "tokens_per_second": 1 / statistics.median(seconds),
+                "tokens_per_second_min": 1 / max(seconds),
+                "tokens_per_second_max": 1 / min(seconds),
+                "seconds_per_token": seconds,
+                "first_token_seconds": first[name, count],
+                "bytes": moved,
+                "gb_s": rate,
+                "bandwidth_gb_s": statistics.median(bandwidth),
+                "bandwidth_share": share,
+                "bytes_skipped": 1 - read / ffn_dense if name == "sparse" else 0.0,
+            }
+        )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]], settings: Bench) -> dict[str, Any]:
+    """Best of each setting at the first context, and paired ratios of sparse against the best dense ones."""
+    rows = [row for row in rows if row["context"] == settings.contexts[0]]
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["setting"] not in best or row["tokens_per_second"] > best[row["setting"]]["tokens_per_second"]:
+            best[row["setting"]] = row
+    sparse = best["sparse"]
+    stock = max(
+        (best[name] for name in ("dense_eager", "dense_compiled") if name in best),
+        key=lambda row: row["tokens_per_second"],
+    )
+    return {
+        "decode_tokens_per_second": {name: row["tokens_per_second"] for name, row in best.items()},
+        "bandwidth_gb_s": sparse["bandwidth_gb_s"],
+        "bandwidth_share": sparse["bandwidth_share"],
+        "bytes_skipped": sparse["bytes_skipped"],
+        "over_best_transformers": {"setting": stock["setting"], "threads": stock["threads"], **paired(sparse, stock)},
+        "over_dense_runner": paired(sparse, best["dense_runner"]),
+    }
+
+
+def paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """How many times faster `a` is than `b`: median, least and most of the rounds' ratios."""
+    ratios = sorted(y / x for x, y in zip(a["seconds_per_token"], b["seconds_per_token"], strict=True))
+    return {"speedup": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+
+
+def bench(run: "Run", folder: Path) -> dict[str, Any]:
+    """Decode speed of the exported checkpoint on held-out text."""
+    return bench_checkpoint(run.stage_folder("export") / CHECKPOINT, run.test.tokens[0], run.recipe.bench)

@@ -1,0 +1,217 @@
+"""The rule, the predictor and the counts, against brute force."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from moyu_kernels.ops.ffn.naive import gated_ffn, predictor_scores
+from moyu_train.analysis.histogram import Histogram
+from moyu_train.analysis.uplift import largest, uplift_curve
+from moyu_train.data import Documents
+from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped, row_bytes
+from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.models.blocks import find_blocks
+from moyu_train.predictors.lowrank import LowRank, quantise_rows, stored_bytes
+from moyu_train.sparsifiers.threshold import Threshold
+from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.loop import calibrate_in_loop
+from moyu_train.training.rule import calibrate_rule
+from tiny import CONFIGS, tiny_model
+
+DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(i)) for i in range(3)])
+
+
+def test_histogram_levels_are_quantiles() -> None:
+    values = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
+    histogram = Histogram(2, -8.0, 8.0)
+    for layer in range(2):
+        for part in values[layer].split(7_000):
+            histogram.add(layer, part)
+    for density in (0.1, 0.5, 0.9):
+        expected = values.quantile(1 - density, dim=1)
+        torch.testing.assert_close(torch.tensor(histogram.levels(density)), expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("statistic", ["contribution", "magnitude"])
+def test_rule_reaches_its_density_in_every_layer(family: str, statistic: str) -> None:
+    model = tiny_model(family)
+    options = Threshold.Options(statistic=statistic)
+    rule = calibrate_rule(model, Threshold, options, 0.3, DOCUMENTS, 600, passes=2)
+    blocks = find_blocks(model)
+    with SparseMasks(model, rule.thresholds, None) as masks:
+        score(model, DOCUMENTS, 1024, "test")
+    places = masks.counts.tokens * torch.tensor([block.neurons for block in blocks])
+    assert (masks.counts.kept / places - 0.3).abs().max() < 0.02
+    if statistic == "magnitude":
+        assert all(threshold.unique().numel() == 1 for threshold in rule.thresholds)
+    else:
+        levels = rule.thresholds[0] * blocks[0].down_norms()
+        torch.testing.assert_close(levels, torch.full_like(levels, levels.flatten()[0].item()))
+
+
+def test_controller_moves_thresholds_towards_the_target() -> None:
+    rule = Threshold(Threshold.Options(), [torch.ones(4), torch.ones(4)])
+    rule.control(0, density=0.5, target=0.4)
+    rule.control(1, density=0.3, target=0.4)
+    assert (rule.thresholds[0] > 1).all()
+    assert (rule.thresholds[1] < 1).all()
+
+
+def test_largest_is_the_oracle() -> None:
+    n = torch.rand(5, 40, generator=torch.Generator().manual_seed(0))
+    count = torch.tensor([0, 1, 7, 39, 40])
+    mask = largest(n, count)
+    assert mask.sum(-1).tolist() == count.tolist()
+    for row, keep, k in zip(n, mask, count.tolist(), strict=True):
+        if 0 < k < 40:
+            assert row[keep].min() > row[~keep].max()
+
+
+def planted(tokens: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a contribution whose root is a rank-3 linear map of x plus a constant."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, 16, generator=g) + 0.5
+    root = 4 + 0.3 * x @ torch.randn(16, 3, generator=g) @ torch.randn(3, 24, generator=g)
+    return x, root.clamp_min(0).square()
+
+
+def test_lowrank_finds_a_planted_map_and_the_best_rank() -> None:
+    x, contribution = planted()
+    errors = {}
+    for rank in (1, 3):
+        predictor = LowRank(LowRank.Options(rank=rank, ridge=1e-6), 16, 24, torch.device("cpu"))
+        for part, target in zip(x.split(900), contribution.split(900), strict=True):
+            predictor.observe(part, target)
+        stored = predictor.solve()
+        errors[rank] = (predictor_scores(x, *stored.values()) - contribution.sqrt()).pow(2).mean().item()
+    spread = contribution.sqrt().var(0).mean().item()
+    assert errors[3] < 0.02 * spread < 0.1 * spread < errors[1]
+    assert stored["w1"].dtype == stored["w2"].dtype == torch.int8
+    assert stored_bytes(stored) == 3 * 16 + 4 * 3 + 24 * 3 + 4 * 24 + 4 * 24
+
+
+def test_lowrank_beats_a_constant_of_the_same_share() -> None:
+    x, contribution = planted()
+    predictor = LowRank(LowRank.Options(rank=3), 16, 24, torch.device("cpu"))
+    predictor.observe(x, contribution)
+    scores = predictor_scores(x, *predictor.solve().values())
+    half = torch.full((len(x),), 12)
+    kept = (contribution * largest(scores - scores.min(), half)).sum()
+    static = (contribution * largest(contribution.mean(0).expand_as(contribution), half)).sum()
+    assert kept > 1.05 * static
+
+
+def test_rows_are_quantised_to_half_a_step() -> None:
+    weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    q, scale = quantise_rows(weight)
+    assert ((q * scale[:, None] - weight).abs() <= scale[:, None] / 2 + 1e-6).all()
+
+
+def fitted(model: torch.nn.Module, folder: Path) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 600, passes=1)
+    trainer = PredictorTrainer(model, rule, LowRank, LowRank.Options(rank=4), folder)
+    return rule.thresholds, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
+
+
+def test_interrupted_fit_goes_on_to_the_same_predictors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, whole = fitted(model, tmp_path / "a")
+    save, calls = PredictorTrainer._save, []
+
+    def interrupted(self: PredictorTrainer, path: Path, done: int) -> None:
+        save(self, path, done)
+        calls.append(done)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictorTrainer, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(model, tmp_path / "b")
+    assert calls == [5]
+    _, resumed = fitted(model, tmp_path / "b")
+    for one, other in zip(whole, resumed, strict=True):
+        for name in one:
+            assert torch.equal(one[name], other[name]), name
+
+
+def test_in_loop_calibration_meets_its_target_and_counts_bytes_right(tmp_path: Path) -> None:
+    model = tiny_model()
+    blocks = find_blocks(model)
+    thresholds, predictors = fitted(model, tmp_path)
+    calibrated, figures = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    assert abs(figures["bytes_skipped"] - 0.25) <= 0.002
+    with SparseMasks(model, thresholds, calibrated) as masks:
+        score(model, DOCUMENTS, 1024, "test")
+    assert abs(bytes_skipped(masks.blocks, masks.counts, calibrated, 4) - figures["bytes_skipped"]) < 0.003
+    # brute force: rows of 32 fp32 values are two whole lines
+    assert row_bytes(blocks[0], 4) == 128
+    tokens = masks.counts.tokens[0].item()
+    read = sum(
+        128 * (2 * masks.counts.selected[i] + masks.counts.kept[i]).item() / tokens + 4 * 96 + stored_bytes(p)
+        for i, p in enumerate(calibrated)
+    )
+    assert bytes_skipped(masks.blocks, masks.counts, calibrated, 4) == pytest.approx(1 - read / (2 * 3 * 96 * 128))
+
+
+def test_rows_that_are_not_whole_lines_cost_one_more() -> None:
+    block = find_blocks(tiny_model())[0]
+    assert row_bytes(block, 1) == 128  # 32 bytes may lie across two lines
+    assert row_bytes(block, 2) == 64
+
+
+def test_masks_compute_what_the_kernel_defines(tmp_path: Path) -> None:
+    """The multi-token path and the op agree on every row, counts included."""
+    model = tiny_model()
+    thresholds, predictors = fitted(model, tmp_path)
+    calibrated, _ = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    block = find_blocks(model)[0]
+    x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+    with SparseMasks(model, thresholds, calibrated) as masks:
+        found = block.module(x)
+    gate, up, down = block.weights()
+    expected, counts = gated_ffn(x[0], gate, up, down.T, thresholds[0], "silu", list(calibrated[0].values()))
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    assert masks.counts.selected[0] == counts[:, 0].sum()
+    assert masks.counts.kept[0] == counts[:, 1].sum()
+    assert 0 < masks.counts.kept[0] < masks.counts.selected[0] < 20 * 96
+
+
+def test_oracle_keeps_as_many_neurons_and_more_contribution(tmp_path: Path) -> None:
+    model = tiny_model()
+    thresholds, predictors = fitted(model, tmp_path)
+    calibrated, _ = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    mass = {}
+    for oracle in (False, True):
+        with SparseMasks(model, thresholds, calibrated, oracle=oracle) as masks:
+            find_blocks(model)[0].module(torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(0)))
+        mass[oracle] = masks.counts
+    assert mass[True].kept[0] == mass[False].kept[0]
+    assert mass[True].mass_kept[0] > mass[False].mass_kept[0]
+
+
+def test_perplexity_is_the_models_own_loss() -> None:
+    model = tiny_model()
+    ids = DOCUMENTS.tokens[0]
+    loss = model(ids[None], labels=ids[None]).loss.item()
+    assert score(model, Documents([ids]), 1024, "test").perplexity == pytest.approx(torch.tensor(loss).exp().item(), 1e-4)
+    windows = score(model, Documents([ids]), 64, "test")
+    assert windows.tokens == [200 - 4]  # four windows, the first token of each unscored
+
+
+def test_bootstrap_interval_covers_the_ratio() -> None:
+    a, b = Scores([110.0, 230.0, 300.0], [100, 200, 300]), Scores([100.0, 210.0, 290.0], [100, 200, 300])
+    low, high = ratio_interval(a, b)
+    assert low < a.perplexity / b.perplexity < high
+    assert ratio_interval(a, a) == (1.0, 1.0)
+
+
+def test_uplift_curve_counts_zeros_and_rises() -> None:
+    figures = uplift_curve(tiny_model("opt"), DOCUMENTS, 600, (0.5, 0.98))
+    assert figures["tokens"] == 600
+    assert 0.2 < figures["layers"][0]["zero_share"] < 0.8  # ReLU
+    assert 0 < figures["layers"][0]["participation"] < 1
+    dense, half, few = (point["perplexity"] for point in figures["uplift"])
+    assert abs(half / dense - 1) < abs(few / dense - 1)

@@ -1,0 +1,93 @@
+"""Settings: strict, with the nearest name, checked before anything heavy is imported."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from moyu_train.recipe import RecipeError, load_recipe
+from moyu_train.registry import resolve
+from moyu_train.sparsifiers import SPARSIFIERS
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name + "-" + path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = load_recipe(str(path))
+    resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\nfinetun: {}", "did you mean 'finetune'"),
+        ("model: m\nfinetune: {tokenz: 5000}", "did you mean 'tokens'"),
+        ("model: m\nfinetune: {tokens: many}", "finetune.tokens"),
+        ("model: m\nfinetune: {tokens: 100}", "less than one step"),
+        ("model: m\nfinetune: {kl_weight: 0, lm_weight: 0}", "nothing to train"),
+        ("model: m\nsparsifier: {name: thresold}", "did you mean 'threshold'"),
+        ("model: m\ntarget_sparsity: 0.3\ncalibrate: {bytes_skipped: 0.5}", "cannot be reached"),
+        ("model: m\nanalyze: {sparsities: [1.5]}", "between 0 and 1"),
+        ("model: m\nbench: {rounds: 2}", "greater than or equal to 5"),
+        ("- a list", "must be a mapping"),
+        ("model: [", "not valid YAML"),
+        ("{}", "model: Field required"),
+    ],
+)
+def test_wrong_settings_say_what_to_change(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(tmp_path / "r.yaml", text))
+    assert message in str(error.value)
+
+
+def test_unknown_method_option_names_the_nearest(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "r.yaml", "model: m\nsparsifier: {name: threshold, gian: 1}"))
+    with pytest.raises(RecipeError, match=r"sparsifier\.gian.*did you mean 'gain'"):
+        resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+
+
+def test_overrides_win_and_keep_types(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: m\nfinetune: {tokens: 8192}")
+    recipe = load_recipe(path, ["--finetune.tokens", "16384", "--bench.contexts=[64, 128]", "--predictor.rank", "8"])
+    assert recipe.finetune.tokens == 16384
+    assert recipe.bench.contexts == (64, 128)
+    assert recipe.predictor.options == {"rank": 8}
+    for wrong in (["--finetune.tokens"], ["stray"], ["--seed.x", "1"]):
+        with pytest.raises(RecipeError):
+            load_recipe(path, ["--seed", "1", *wrong])
+
+
+def test_digest_follows_the_named_sections_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", "model: m")
+    one, other = load_recipe(path), load_recipe(path, ["--fit.tokens", "2048"])
+    assert one.digest("finetune") == other.digest("finetune")
+    assert one.digest("fit") != other.digest("fit")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "RECIPE", "--finetun.x", "1"]])
+def test_help_and_recipe_errors_need_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    recipe = write(tmp_path / "r.yaml", "model: m")
+    arguments = [recipe if a == "RECIPE" else a for a in arguments]
+    code = (
+        "import sys\nfrom moyu_train.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        seconds.append(time.monotonic() - started)
+        assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout or "did you mean 'finetune'" in result.stderr
