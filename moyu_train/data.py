@@ -42,7 +42,7 @@ class Documents:
         return [(index, piece) for index, piece in pieces if len(piece) > 1]
 
     def packed(self, length: int, seed: int) -> Tensor:
-        """All documents one after the other, cut into full windows `[N, length]` in random order; the rest is dropped."""
+        """All documents end to end, cut into full windows `[N, length]` in random order; the rest is dropped."""
         stream = torch.cat(self.tokens)
         count = len(stream) // length
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -76,8 +76,9 @@ def read_texts(source: str, text_field: str) -> list[str]:
     except Exception as error:  # datasets raises many types here; the cause stays attached
         raise MoyuError(f"data {source!r} could not be read: {error}") from error
     if text_field not in rows.column_names:
-        raise MoyuError(f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); "
-                        "set data.text_field")
+        raise MoyuError(
+            f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set data.text_field"
+        )
     return [text for text in rows[text_field] if text and text.strip()]
 
 
@@ -113,6 +114,7 @@ def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents,
 
 def overlap(train: Documents, test: Documents, n: int = 13) -> float:
     """Share of the test text's n-grams of tokens that occur in the training text (contamination check)."""
+
     def grams(documents: Documents) -> set[bytes]:
         return {row.numpy().tobytes() for doc in documents.tokens if len(doc) >= n for row in doc.unfold(0, n, 1)}
 

@@ -40,10 +40,12 @@ def check_writable(folder: Path, needed: int) -> None:
         probe.write_bytes(b"moyu")
         probe.unlink()
     except OSError as error:
-        raise MoyuError(f"output folder {str(folder)!r} cannot be written ({error.strerror}); set another one") from error
+        raise MoyuError(
+            f"output folder {str(folder)!r} cannot be written ({error.strerror}); set another one"
+        ) from error
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MoyuError(
-            f"output folder {str(folder)!r} has {free / 1e9:.1f} GB free and the run needs about {needed / 1e9:.1f} GB; "
+            f"output folder {str(folder)!r} has {free / 1e9:.1f} GB free, the run needs about {needed / 1e9:.1f} GB; "
             "free some or set another folder"
         )

@@ -44,9 +44,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
-        Stage(
-            "calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")
-        ),
+        Stage("calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")),
         Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor")),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",)),
         Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune",)),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from moyu_train.recipe import Method, RecipeError, explain
 
 
-def resolve(kind: str, method: Method, registry: dict[str, str]) -> tuple[type, Any]:
+def resolve(kind: str, method: Method, registry: dict[str, str]) -> tuple[Any, Any]:
     """Class and validated options of a method.
 
     Raises: RecipeError for an option that the method does not have, naming the nearest one it has.

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import activation_field, base_activation, clear_marker, find_blocks, set_marker
-from moyu_train.models.masking import Masking
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_model
 from torch import nn
+
+from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import activation_field, base_activation, clear_marker, find_blocks, set_marker
+from moyu_train.models.masking import Masking
 
 LAYOUTS = {"llama": "gated", "phi3": "fused", "gpt2": "plain", "opt": "plain", "mixtral": "experts"}
 IDS = torch.arange(12)[None]

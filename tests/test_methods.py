@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels.ops.ffn.naive import gated_ffn, predictor_scores
+from tiny import CONFIGS, tiny_model
+
 from moyu_train.analysis.histogram import Histogram
 from moyu_train.analysis.uplift import largest, uplift_curve
 from moyu_train.data import Documents
@@ -16,7 +18,6 @@ from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
 from moyu_train.training.rule import calibrate_rule
-from tiny import CONFIGS, tiny_model
 
 DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(i)) for i in range(3)])
 
@@ -196,7 +197,9 @@ def test_perplexity_is_the_models_own_loss() -> None:
     model = tiny_model()
     ids = DOCUMENTS.tokens[0]
     loss = model(ids[None], labels=ids[None]).loss.item()
-    assert score(model, Documents([ids]), 1024, "test").perplexity == pytest.approx(torch.tensor(loss).exp().item(), 1e-4)
+    assert score(model, Documents([ids]), 1024, "test").perplexity == pytest.approx(
+        torch.tensor(loss).exp().item(), 1e-4
+    )
     windows = score(model, Documents([ids]), 64, "test")
     assert windows.tokens == [200 - 4]  # four windows, the first token of each unscored
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from moyu_train.recipe import RecipeError, load_recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS

@@ -7,7 +7,7 @@ BINS = 4096
 
 
 class Histogram:
-    """Counts `[L, BINS]`, fp64, of values on an even scale from `low` to `high`; what lies outside falls into the ends."""
+    """Counts `[L, BINS]`, fp64, on an even scale from `low` to `high`; what lies outside falls into the ends."""
 
     def __init__(self, layers: int, low: float, high: float) -> None:
         self.low, self.step = low, (high - low) / BINS

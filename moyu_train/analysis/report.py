@@ -27,7 +27,7 @@ img{{max-width:100%}} pre{{line-height:1.25;overflow-x:auto}} .lead{{font-size:1
 
 
 def collect(run: "Run") -> dict[str, Any]:
-    """The content of result.json (names documented in docs/results.md), from the finished stages of this very recipe."""
+    """The content of result.json (docs/results.md), from the finished stages of this very recipe."""
     figures = {name: run.figures(name) for name in ("finetune", "control", "export", "verify", "evaluate", "bench")}
     tuned, evaluated, timed = figures["finetune"], figures["evaluate"], figures["bench"]
     return {
@@ -82,13 +82,25 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
         f"{result['over_best_transformers']['speedup']:.2f} times as fast as the best dense transformers setting and "
         f"{result['over_dense_runner']['speedup']:.2f} times as fast as the same runner dense."
     )
-    source = json.dumps({"recipe": run.recipe.model_dump(mode="json"), "hashes": result["hashes"],
-                         "machine": f"{platform.machine()}, Python {platform.python_version()}"}, indent=1)
-    pictures = "".join(f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{_png(figure)}">'
-                       for figure, title in zip(images.values(), plots.TITLES, strict=True))
-    page = PAGE.format(title=f"moyu: {html.escape(result['model'])}", lead=html.escape(lead), figures=pictures,
-                       tables="".join(f"<pre>{html.escape(_text(table))}</pre>" for table in tables),
-                       source=html.escape(source))
+    source = json.dumps(
+        {
+            "recipe": run.recipe.model_dump(mode="json"),
+            "hashes": result["hashes"],
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+        },
+        indent=1,
+    )
+    pictures = "".join(
+        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{_png(figure)}">'
+        for figure, title in zip(images.values(), plots.TITLES, strict=True)
+    )
+    page = PAGE.format(
+        title=f"moyu: {html.escape(result['model'])}",
+        lead=html.escape(lead),
+        figures=pictures,
+        tables="".join(f"<pre>{html.escape(_text(table))}</pre>" for table in tables),
+        source=html.escape(source),
+    )
     write_text(run.folder / "report.html", page)
     write_json(run.folder / "result.json", result)
     for table in tables:

@@ -12,8 +12,13 @@ def quality_table(result: dict[str, Any]) -> Table:
     """Perplexity of every variant beside what it skips."""
     ppl, best = result["ppl"], min(result["ppl"]["dense"], result["ppl"]["control"])
     table = Table(title=f"Quality on {result['tokens']} held-out tokens of {result['documents']} documents")
-    for name, justify in (("variant", "left"), ("perplexity", "right"), ("ratio", "right"), ("FFN bytes skipped", "right"),
-                          ("neurons off", "right")):
+    for name, justify in (
+        ("variant", "left"),
+        ("perplexity", "right"),
+        ("ratio", "right"),
+        ("FFN bytes skipped", "right"),
+        ("neurons off", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     skipped, off = result["bytes_skipped"], result["neurons_off"]
     rows: list[tuple[str, str, float | None, float | None]] = [
@@ -38,7 +43,17 @@ def quality_table(result: dict[str, Any]) -> Table:
 
 def speed_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"Decoding, batch 1, {result['dtype']}, median of {result['rounds']} interleaved rounds")
-    columns = ("setting", "threads", "context", "tokens/s", "min to max", "MB read", "GB/s", "of bandwidth", "first token")
+    columns = (
+        "setting",
+        "threads",
+        "context",
+        "tokens/s",
+        "min to max",
+        "MB read",
+        "GB/s",
+        "of bandwidth",
+        "first token",
+    )
     for name in columns:
         table.add_column(name, justify="left" if name == "setting" else "right")
     for row in result["bench"]:

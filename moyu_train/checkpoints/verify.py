@@ -52,9 +52,9 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     thresholds, predictors = read_state(folder)
     with SparseMasks(stock, thresholds, None):
         expected = stock(input_ids=ids, use_cache=False).logits
-    error = ((found - expected).norm() / expected.norm()).item()
-    if not error < 1e-4:
-        raise MoyuError(f"{str(folder)!r}: the reloaded model's logits differ from the rule's by {error:.2e} (relative)")
+    gap = ((found - expected).norm() / expected.norm()).item()
+    if not gap < 1e-4:
+        raise MoyuError(f"{str(folder)!r}: the reloaded model's logits differ from the rule's by {gap:.2e} (relative)")
     result = subprocess.run(
         [sys.executable, "-c", STOCK_LOAD, str(folder)], capture_output=True, text=True, check=False
     )
@@ -63,7 +63,7 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
             f"{str(folder)!r}: stock transformers did not refuse the folder with its marker; it said: "
             f"{(result.stdout + result.stderr)[-500:]}"
         )
-    return {"logits_relative_error": error, "stock_refuses": True, "predictors": bool(predictors)}
+    return {"logits_relative_error": gap, "stock_refuses": True, "predictors": bool(predictors)}
 
 
 def marker_of(folder: Path) -> str:

@@ -117,7 +117,7 @@ class SparseMasks:
         self._masking.remove()
 
     def per_layer(self) -> list[dict[str, Any]]:
-        """Selected and kept density, recall and precision against the rule by contribution mass and count, per layer."""
+        """Per layer: density selected and kept, recall of the rule by contribution mass, precision by count."""
         c = self.counts
         rows = []
         for i, block in enumerate(self.blocks):

@@ -35,9 +35,7 @@ def score(model: Any, documents: Documents, window: int, what: str, limit: int |
     for document, ids in track(documents.windows(window, limit), what):
         logits = model(input_ids=ids[None].to(device_of(model)), use_cache=False).logits[0, :-1]
         for rows, targets in zip(logits.split(CHUNK), ids[1:].split(CHUNK), strict=True):
-            nll[document] += functional.cross_entropy(
-                rows.float(), targets.to(rows.device), reduction="sum"
-            ).item()
+            nll[document] += functional.cross_entropy(rows.float(), targets.to(rows.device), reduction="sum").item()
         tokens[document] += len(ids) - 1
     return Scores(nll, tokens)
 

@@ -55,8 +55,8 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
         gap = abs(figures["kernels"]["perplexity"] / masked - 1)
         if gap > AGREEMENT:
             raise MoyuError(
-                f"decoding through the kernels gives perplexity {figures['kernels']['perplexity']:.3f}, the masked path "
-                f"{masked:.3f} on the same {few.total} tokens: they differ by more than {AGREEMENT:.0%}"
+                f"decoding through the kernels gives perplexity {figures['kernels']['perplexity']:.3f}, the masked "
+                f"path {masked:.3f} on the same {few.total} tokens: they differ by more than {AGREEMENT:.0%}"
             )
     return figures
 

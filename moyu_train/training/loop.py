@@ -47,8 +47,8 @@ def calibrate_in_loop(
         cuts = histogram.levels(share)
     else:
         raise MoyuError(
-            f"calibrate.bytes_skipped {target} was not reached in {ROUNDS} rounds (last {skipped:.3f}); lower it, raise "
-            "target_sparsity or give the predictor another rank"
+            f"calibrate.bytes_skipped {target} was not reached in {ROUNDS} rounds (last {skipped:.3f}); lower it, "
+            "raise target_sparsity or give the predictor another rank"
         )
     figures = {
         "bytes_skipped": skipped,

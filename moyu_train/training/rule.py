@@ -16,7 +16,7 @@ LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
 
 @torch.no_grad()
 def calibrate_rule(
-    model: Any, cls: type, options: Any, density: float, documents: Documents, tokens: int, passes: int
+    model: Any, cls: Any, options: Any, density: float, documents: Documents, tokens: int, passes: int
 ) -> Any:
     """A sparsifier whose rule keeps `density` of the neurons of every layer on this text.
 

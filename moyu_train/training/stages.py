@@ -241,8 +241,12 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
         tried[f"{rate:g}"] = json.loads(done.read_text())
     finite = {rate: value for rate, value in tried.items() if math.isfinite(value)}
     best = min(finite, key=lambda rate: finite[rate])
-    for rate in tried:
-        if rate != best:
-            shutil.rmtree(folder / f"lr-{rate}" / "model", ignore_errors=True)
-    return {"validation_perplexity": tried, "best_learning_rate": best, "model": f"lr-{best}/model",
-            "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step}
+    for name in tried:
+        if name != best:
+            shutil.rmtree(folder / f"lr-{name}" / "model", ignore_errors=True)
+    return {
+        "validation_perplexity": tried,
+        "best_learning_rate": best,
+        "model": f"lr-{best}/model",
+        "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step,
+    }

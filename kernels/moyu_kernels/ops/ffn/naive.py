@@ -4,11 +4,13 @@ Shapes: N rows (tokens), D hidden size, F neurons, R predictor rank. `gate`, `up
 neuron-contiguous `[F, D]` (`down` is the transposed stock weight), so that one neuron is one row of each.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
     "gelu": functional.gelu,

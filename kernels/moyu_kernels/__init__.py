@@ -1,0 +1,20 @@
+"""Loads and decodes sparse checkpoints: needs torch, and transformers only once a model is loaded."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loading import from_pretrained
+    from .modules import SparseGatedFFN
+    from .runner import Runner
+
+_HOMES = {"from_pretrained": "loading", "SparseGatedFFN": "modules", "Runner": "runner"}
+
+__all__ = ["Runner", "SparseGatedFFN", "from_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

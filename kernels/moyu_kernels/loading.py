@@ -1,0 +1,233 @@
+"""Loads a sparse checkpoint (docs/checkpoint-format.md) into its stock transformers model."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .modules import PREDICTOR, SparseGatedFFN, activation, resolve_backend
+from .seam import ExpertsSeam, Seam
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
+LAYOUTS = ("gated", "fused", "plain", "experts")
+# transformers' names of the activations that have an op; other ones run under a mask on the dense module.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class CheckpointError(ValueError):
+    """The folder is not a sparse checkpoint that this version can load; the message says what to do."""
+
+
+def from_pretrained(
+    folder: str | Path, dtype: torch.dtype | None = None, backend: str = "auto", mode: str = "predicted"
+) -> Any:
+    """Load a sparse checkpoint for inference.
+
+    Args:
+        folder: a complete sparse checkpoint.
+        dtype: of the model's weights; default what is stored. Thresholds and predictors keep theirs.
+        backend: "auto", "cpu", "triton" or "reference".
+        mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint "predicted" becomes "rule", with a
+            warning.
+
+    Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
+        `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
+        marker, so that stock transformers refuses what `save_pretrained` writes.
+
+    Raises: CheckpointError where a file is missing, changed, stale or of another format version.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    raw, block_list, settings = _read_config(folder)
+    state = load_file(folder / STATE)
+    _check_predictor(folder, settings, manifest, state)
+    if mode == "predicted" and settings["predictor"] is None:
+        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads all of gate and up", folder)
+        mode = "rule"
+    model, marker = _load_stock(folder, settings, dtype)
+    for index, block in enumerate(block_list):
+        threshold = _tensor(folder, state, f"blocks.{index}.threshold")
+        predictor = [
+            _tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in PREDICTOR if settings["predictor"]
+        ]
+        _install(folder, model, block, settings["activation"], threshold, predictor, mode, backend)
+    setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
+    model.config.architectures = raw["architectures"]
+    return model.eval().requires_grad_(False)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a sparse checkpoint, or was not written to its end; export it again"
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    _check_version(path, manifest)
+    for name in ("files", "ffn_sha256"):
+        if name not in manifest:
+            raise CheckpointError(f"{path} lacks {name!r}; export the checkpoint again")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is in the manifest but missing; copy the whole folder again")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{file} was changed or damaged after the export (SHA-256 {found[:12]}…, manifest {expected[:12]}…); "
+                "copy it again, or export the changed model again"
+            )
+    return manifest
+
+
+def _check_version(path: Path, data: dict[str, Any]) -> None:
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this moyu_kernels reads version {FORMAT_VERSION}; "
+            "use the moyu_kernels that matches it, or export the checkpoint again"
+        )
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    path = folder / "config.json"
+    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = raw.get("moyu")
+    if settings is None:
+        raise CheckpointError(f"{path} has no block 'moyu'; export the checkpoint again")
+    _check_version(path, settings)
+    missing = [
+        name
+        for name in ("activation", "activation_field", "architectures", "blocks", "predictor")
+        if name not in settings
+    ]
+    if missing or not settings.get("blocks"):
+        raise CheckpointError(f"{path}: the block 'moyu' lacks {', '.join(missing) or 'blocks'}; export it again")
+    for block in settings["blocks"]:
+        if block["layout"] not in LAYOUTS:
+            raise CheckpointError(
+                f"{path}: layout {block['layout']!r} of {block['path']} is unknown; update moyu_kernels"
+            )
+    return raw, settings["blocks"], settings
+
+
+def _check_predictor(
+    folder: Path, settings: dict[str, Any], manifest: dict[str, Any], state: dict[str, Tensor]
+) -> None:
+    predictor = settings["predictor"]
+    if predictor is not None and predictor["ffn_sha256"] != manifest["ffn_sha256"]:
+        raise CheckpointError(
+            f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
+            f"folder holds {manifest['ffn_sha256'][:12]}…; fit the predictors on these weights and export again"
+        )
+
+
+def _tensor(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise CheckpointError(f"{folder / STATE} lacks the tensor {name!r}; export the checkpoint again")
+    return state[name]
+
+
+def _owner(config: Any, field: str) -> Any:
+    """The config object that holds the field: the config itself, or the text part of a multimodal one."""
+    return config if field in config.to_dict() else config.get_text_config()
+
+
+def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, str]:
+    """The dense model from its stock class, and the marker that its config held."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    owner, field = _owner(config, settings["activation_field"]), settings["activation_field"]
+    marker = getattr(owner, field)
+    setattr(owner, field, settings["activation"])
+    name = settings["architectures"][0]
+    config.architectures = [name]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise CheckpointError(
+            f"{folder} needs {name}, which transformers {transformers.__version__} does not have; install one that does"
+        )
+    model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder}: the weight files lack {sorted(info['missing_keys'])} and do not fit "
+            f"{sorted(info['mismatched_keys'])}; export the checkpoint again"
+        )
+    return model, marker
+
+
+def _install(
+    folder: Path,
+    model: nn.Module,
+    block: dict[str, Any],
+    act_name: str,
+    threshold: Tensor,
+    predictor: list[Tensor],
+    mode: str,
+    backend: str,
+) -> None:
+    path, layout = block["path"], block["layout"]
+    try:
+        module: Any = model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
+    act = ACTIVATIONS.get(act_name)
+    projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"]) if name}
+    reason = f"layout {layout!r} has no op"
+    if layout == "gated":
+        if act is None:
+            reason = f"activation {act_name!r} has no op"
+        elif any(type(p) is not nn.Linear or p.bias is not None for p in projections.values()):
+            reason = "its projections are not plain linear layers without biases"
+        elif not _is_gated_ffn(module, list(projections.values()), act):
+            reason = "it computes more than down(act(gate(x)) * up(x))"
+        else:
+            device = next(iter(projections.values())).weight.device
+            ffn = SparseGatedFFN(projections, act, threshold, predictor, mode, resolve_backend(backend, device))
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, ffn)
+            return
+    if mode == "dense":
+        return
+    logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
+    if layout == "experts":
+        ExpertsSeam(module, lambda a, expert: _masked(a, threshold[expert]))
+    else:
+        Seam(module, block["down"], lambda a: _masked(a, threshold))
+
+
+def _masked(a: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(a.abs().float() >= threshold.to(a.device), a, 0.0)
+
+
+@torch.no_grad()
+def _is_gated_ffn(module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: str) -> bool:
+    """Whether the stock block computes what the op does, tried on a few random inputs."""
+    gate, up, down = projections
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, gate.in_features, generator=generator).to(gate.weight.device, gate.weight.dtype)
+    stock = module(x[None])
+    ours = down(activation(act)(gate(x)) * up(x))
+    if not isinstance(stock, Tensor) or stock.numel() != ours.numel():
+        return False
+    error = (stock.view_as(ours).float() - ours.float()).norm() / ours.float().norm().clamp_min(1e-30)
+    return bool(error < TOLERANCE[ours.dtype])

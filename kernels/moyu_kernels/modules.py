@@ -1,0 +1,206 @@
+"""Modules built on the ops: the sparse FFN block, and the linear layer that decodes at memory speed."""
+
+from collections.abc import Callable
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from .ops import cpu
+from .ops.ffn import naive
+
+MODES = ("predicted", "rule", "dense")
+BACKENDS = ("cpu", "reference", "triton")
+MAX_ROWS = cpu.MAX_ROWS
+PREDICTOR = ("w1", "s1", "w2", "s2", "bias")
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """`auto` becomes the native backend of the device.
+
+    Raises: ValueError for an unknown name.
+    """
+    if backend == "auto":
+        return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; use auto, {', '.join(BACKENDS)}")
+    return backend
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
+
+
+def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "cpu":
+        cpu.load()
+        return torch.ops.moyu.gated_ffn.default
+    if backend == "triton":
+        from .ops.ffn import triton
+
+        return triton.gated_ffn
+    return naive.gated_ffn
+
+
+class SparseGatedFFN(nn.Module):
+    """`down(act(gate(x)) * up(x))` that reads only the weights of the neurons in use. For inference only.
+
+    Up to 8 tokens run the op (a decode step), more of them two dense matmuls with the rule's exact mask (prefill), on
+    one copy of the weights. The projections keep their names, shapes and values, so the state dict is the stock one;
+    only the memory layout of the down projection changes: `[D, F]` with the neurons contiguous.
+
+    Args:
+        projections: name and projection of gate, up and down, in this order; without biases.
+        act: a name from `naive.ACTIVATIONS`.
+        threshold: fp32 `[F]`, a neuron is kept where `abs(a) >= threshold`.
+        predictor: `[]` or `[w1, s1, w2, s2, bias]` as in `naive.predictor_scores`.
+        mode: "predicted" (the rule on the neurons that the predictor selects), "rule" (the exact mask) or "dense".
+        backend: "cpu", "triton" or "reference".
+
+    The threshold and predictor keep their dtypes under `.to(dtype)`. `counts` int64 `[3]` sums up tokens, neurons
+    selected and neurons kept over all calls; set it to zero with `counts.zero_()`.
+
+    Raises: ValueError for unknown names, biases, shapes that do not fit, or predicted mode without a predictor.
+    """
+
+    threshold: Tensor
+    no_threshold: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        projections: dict[str, nn.Linear],
+        act: str,
+        threshold: Tensor,
+        predictor: list[Tensor],
+        mode: str = "predicted",
+        backend: str = "cpu",
+    ) -> None:
+        super().__init__()
+        gate, _, down = projections.values()
+        self.neurons, self.hidden = gate.weight.shape
+        self._names, self.act, self._rank = tuple(projections), act, len(predictor[0]) if predictor else 0
+        self._check(list(projections.items()), threshold, predictor)
+        down.weight.data = down.weight.data.t().contiguous().t()
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+        device = gate.weight.device
+        self.register_buffer("threshold", threshold.to(device), persistent=False)
+        self.register_buffer("no_threshold", torch.zeros_like(self.threshold), persistent=False)
+        for name, tensor in zip(PREDICTOR, predictor, strict=False):
+            self.register_buffer(f"predictor_{name}", tensor.to(device), persistent=False)
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
+        self.set_mode(mode, backend)
+
+    def _check(self, projections: list[tuple[str, nn.Linear]], threshold: Tensor, predictor: list[Tensor]) -> None:
+        if self.act not in naive.ACTIVATIONS:
+            raise ValueError(f"activation {self.act!r} has no op; use one of {', '.join(naive.ACTIVATIONS)}")
+        (_, gate), (_, up), (_, down) = projections
+        if up.weight.shape != gate.weight.shape or down.weight.shape != gate.weight.shape[::-1]:
+            shapes = ", ".join(f"{name} {list(projection.weight.shape)}" for name, projection in projections)
+            raise ValueError(f"{shapes} are not the projections of one gated FFN, [F, D], [F, D] and [D, F]")
+        for name, projection in projections:
+            if projection.bias is not None:
+                raise ValueError(f"{name} has a bias, which the op does not add; mask this block at its seam instead")
+        wanted = {"threshold": (threshold, (self.neurons,), torch.float32)}
+        if predictor:
+            shapes_of = ((self._rank, self.hidden), (self._rank,), (self.neurons, self._rank), *[(self.neurons,)] * 2)
+            dtypes = (torch.int8, torch.float32, torch.int8, torch.float32, torch.float32)
+            for name, *want in zip(PREDICTOR, predictor, shapes_of, dtypes, strict=True):
+                wanted[f"predictor {name}"] = tuple(want)  # type: ignore[assignment]
+        for name, (tensor, shape, dtype) in wanted.items():
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, the block needs {dtype} {list(shape)}; "
+                    "pass the tensors that were exported for this block"
+                )
+
+    @property
+    def predictor(self) -> list[Tensor]:
+        return [getattr(self, f"predictor_{name}") for name in PREDICTOR] if self._rank else []
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up and down, each contiguous `[F, D]`."""
+        gate, up, down = (getattr(self, name).weight for name in self._names)
+        return gate, up, down.t()
+
+    def set_mode(self, mode: str, backend: str | None = None) -> Self:
+        """Switch the mode, and the backend where one is given."""
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+        if mode == "predicted" and not self._rank:
+            raise ValueError("mode 'predicted' needs a predictor and this block has none; use mode 'rule' or 'dense'")
+        self.mode = mode
+        if backend is not None:
+            self.backend = resolve_backend(backend, self.threshold.device)
+            self._run = _op(self.backend)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., D]`; returns the same shape and dtype."""
+        rows = x.numel() // self.hidden
+        threshold = self.no_threshold if self.mode == "dense" else self.threshold
+        gate, up, down = self.weights
+        if rows > MAX_ROWS:
+            a = activation(self.act)(functional.linear(x, gate)) * functional.linear(x, up)
+            kept = (a.abs().float() >= threshold) & (a != 0)
+            self._count(rows, rows * self.neurons, kept.sum())
+            return functional.linear(torch.where(kept, a, 0.0), down.t())
+        predictor = self.predictor if self.mode == "predicted" else []
+        y, counts = self._run(x.reshape(rows, self.hidden), gate, up, down, threshold, self.act, predictor)
+        selected, kept = counts.sum(0)
+        self._count(rows, selected, kept)
+        return y.view(x.shape)
+
+    def _count(self, rows: int, selected: int | Tensor, kept: Tensor) -> None:
+        self.counts[0] += rows
+        self.counts[1] += selected
+        self.counts[2] += kept
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved, original = self._buffers[name], kept[name]
+            if moved is not None and original is not None and moved.dtype != dtype:
+                self._buffers[name] = original.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"neurons={self.neurons}, rank={self._rank}, act={self.act}, mode={self.mode}, backend={self.backend}"
+
+
+class Linear(nn.Module):
+    """A linear layer's twin on the same parameters: `moyu::linear` for up to 8 tokens, `F.linear` for more.
+
+    Args: original: the layer whose parameters are shared.
+    """
+
+    def __init__(self, original: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.weight, self.bias = original.weight, original.bias
+        cpu.load()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., in]`; returns `[..., out]`."""
+        rows = x.numel() // self.in_features
+        if rows > MAX_ROWS:
+            return functional.linear(x, self.weight, self.bias)
+        y = torch.ops.moyu.linear.default(x.reshape(rows, self.in_features), self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def set_mode(model: nn.Module, mode: str, backend: str | None = None) -> None:
+    """Run the same loaded checkpoint in another mode or backend, for comparisons.
+
+    Raises: ValueError where the model holds no SparseGatedFFN.
+    """
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} holds no SparseGatedFFN; load it with moyu_kernels.from_pretrained")
+    for block in blocks:
+        block.set_mode(mode, backend)

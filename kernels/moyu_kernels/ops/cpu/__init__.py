@@ -1,0 +1,134 @@
+"""Native CPU ops: `moyu::gated_ffn`, `moyu::linear`, `moyu::attend` and the bandwidth yardstick `moyu::read_sum`.
+
+Importing this module declares the ops and their fake versions; `load()` compiles and registers the kernels.
+"""
+
+import functools
+import logging
+import time
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from ..ffn import naive
+from .build import BuildError, build
+
+logger = logging.getLogger(__name__)
+
+MAX_ROWS = 8
+
+_library = torch.library.Library("moyu", "FRAGMENT")
+_library.define(
+    "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor)"
+    " -> (Tensor, Tensor)"
+)
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+_library.define("read_sum(Tensor buffer) -> Tensor")
+
+
+@torch.library.register_fake("moyu::gated_ffn")
+def _(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
+
+
+@torch.library.register_fake("moyu::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("moyu::attend")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    batch, heads, _, size = q.shape
+    return q.new_empty((batch, 1, heads, size))
+
+
+@functools.cache
+def load() -> bool:
+    """Registers the CPU kernels, compiling them at first use.
+
+    Returns: True for the native kernels; False where they could not be built: then a warning has said why, and the
+    ops run the naive versions.
+    """
+    try:
+        torch.ops.load_library(build())
+        return True
+    except (BuildError, OSError) as error:
+        logger.warning("moyu: the CPU kernels are not available, decoding falls back to plain PyTorch: %s", error)
+        _library.impl("gated_ffn", naive.gated_ffn, "CPU")
+        _library.impl("linear", functional.linear, "CPU")
+        _library.impl("attend", _attend, "CPU")
+        _library.impl("read_sum", lambda buffer: buffer.sum(dtype=torch.int32), "CPU")
+        return False
+
+
+def status() -> str:
+    """Which CPU kernels run here, in a few words; compiles them at first use."""
+    return "native, compiled for this machine" if load() else "plain PyTorch (the native kernels could not be built)"
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    return y.transpose(1, 2).contiguous()
+
+
+def gated_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`naive.gated_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
+
+    With a predictor, gate and up rows of neurons that no row selects are not read, nor down rows that no row keeps.
+
+    Args and returns: as `naive.gated_ffn`; x, gate, up and down bfloat16, float16 or float32, weights contiguous.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` for 1 to 8 rows, fp32 accumulation, a row's result bitwise the same in any batch.
+
+    Args: x `[N, D]`, weight `[outputs, D]` contiguous, bias `[outputs]`, all of one dtype (bfloat16, float16, float32).
+    Returns: `[N, outputs]` of the same dtype.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.linear.default(x, weight, bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention of one new token over a static cache; positions outside the mask's first and last True are not read.
+
+    Args: q `[B, H, 1, D]`; k and v `[B, G, L, D]` contiguous, G a divisor of H, of q's dtype; mask bool
+        `[B or 1, 1, 1, L]`, True where a position is seen, at least one in each row.
+    Returns: `[B, 1, H, D]` of q's dtype; fp32 inside.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.attend.default(q, k, v, mask, scale)
+
+
+def read_bandwidth(buffer: Tensor | None = None, repeats: int = 3) -> float:
+    """Best rate, in GB/s (1e9 bytes), of a vectorised read-only sum with torch's threads.
+
+    Args: buffer int32, contiguous, best of 1 GiB or more (allocated when not given); repeats: the best one counts.
+    """
+    load()
+    if buffer is None:
+        buffer = torch.ones(2**28, dtype=torch.int32)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.ops.moyu.read_sum.default(buffer)
+        best = min(best, time.perf_counter() - start)
+    return buffer.numel() * buffer.element_size() / best / 1e9

@@ -1,0 +1,76 @@
+"""Compiles the CPU kernels at first use and keeps the library in a cache folder.
+
+The sources use only torch's stable ABI headers, so a build takes seconds and needs nothing but a C++ compiler.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCES = ("ops.cpp", "simd.h")
+FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
+MACHINE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+class BuildError(RuntimeError):
+    """The CPU kernels could not be compiled; the message says why."""
+
+
+def cache_folder() -> Path:
+    """`$MOYU_CACHE`, else `$XDG_CACHE_HOME/moyu`, else `~/.cache/moyu`."""
+    if folder := os.environ.get("MOYU_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moyu"
+
+
+def build() -> Path:
+    """Path of the compiled library, taken from the cache or built now.
+
+    Raises: BuildError when there is no compiler, the compilation fails or the cache cannot be written.
+    """
+    target = cache_folder() / f"cpu-{_key()}.so"
+    if target.exists():
+        return target
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler was found; install g++ or set CXX to one")
+    root = Path(torch.__file__).parent
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, *FLAGS, MACHINE_FLAG, f"-I{root / 'include'}", str(Path(__file__).parent / "ops.cpp")]
+            command += ["-o", str(built), f"-L{root / 'lib'}", "-ltorch_cpu"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise BuildError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
+            # Two processes may build at once: each renames a whole file, and either one is right.
+            built.replace(target)
+    except OSError as error:
+        raise BuildError(f"{error}; set CXX to a C++ compiler and MOYU_CACHE to a writable folder") from error
+    return target
+
+
+def _key() -> str:
+    """Hash of all that the binary depends on."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    for text in (*FLAGS, MACHINE_FLAG, os.environ.get("CXX", ""), torch.__version__, platform.machine(), _cpu_flags()):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def _cpu_flags() -> str:
+    """Instruction sets of this machine: a home folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

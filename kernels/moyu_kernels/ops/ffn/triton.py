@@ -1,0 +1,185 @@
+"""Gated FFN with a dynamic mask in Triton: the rows of neurons that are not needed are never loaded.
+
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank. Two launches, three with a predictor;
+nothing is read back by the host. How the work is split, and why a row does not depend on its batch, is told in
+`triton_kernels.py`.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from ..aot import Launch
+from .naive import ACTIVATIONS
+from .triton_kernels import down_kernel, gate_up_kernel, hidden_kernel
+
+MAX_ROWS = 8
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+THREADS = 128
+ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each
+SLOTS = THREADS // 32  # neurons in work at once
+TILE_BYTES = 256  # of a down row per program: 16 threads with a 16-byte load each
+CHAINS = THREADS // 16  # chains in work at once
+
+
+def plan(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    target: GPUTarget,
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches of one call with their scratch, and the outputs y and counts that they fill."""
+    (n, d), f = x.shape, gate.shape[0]
+    r = predictor[0].shape[0] if predictor else 0
+    # About 256 blocks and 64 chains, whatever the model: enough programs for a large GPU, few partial sums.
+    block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
+    blocks = triton.cdiv(f, block)
+    links = min(4, triton.next_power_of_2(triton.cdiv(blocks, 64)))
+    chains = triton.cdiv(blocks, links)
+    columns, tile, vector = (size // x.element_size() for size in (ROW_BYTES, TILE_BYTES, 16))
+    tiles = triton.cdiv(d, tile)
+    rows = triton.next_power_of_2(n)
+
+    # Left alone, ptxas spills to reach an occupancy that this grid cannot use: 3 and 2 programs fit an SM like this.
+    registers = {"maxnreg": 168 if n <= 2 else 255} if target.backend == "cuda" else {}
+    # Products and sums are fused where tl.fma says so; the default differs between Triton versions.
+    options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False} | registers
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    y, counts = empty(n, d, dtype=x.dtype), empty(n, 2, dtype=torch.int32)
+    hidden = empty(n, r) if predictor else None
+    values, neurons, lengths = empty(n, f), empty(f, dtype=torch.int32), empty(blocks, dtype=torch.int32)
+    tallies, tickets = empty(2, n, blocks, dtype=torch.int32), empty(tiles, dtype=torch.int32)
+    lists = (values, neurons, lengths, tallies, tickets)
+
+    launches = []
+    if predictor:
+        w1, s1, *_ = predictor
+        constants = {"N": n, "COLUMNS": min(2048, triton.next_power_of_2(d))}
+        launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), constants, options))
+    score = (hidden, *predictor[2:]) if predictor else (None,) * 4
+    constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns}
+    constants["STEPS"] = min(8 if n <= 4 else 4, triton.cdiv(d, columns))
+    launches.append(
+        Launch(
+            gate_up_kernel,
+            (blocks,),
+            (x, gate, up, threshold, *score, *lists, f, d, r, tiles),
+            {"ACT": act, **constants},
+            options,
+        )
+    )
+    constants = {"N": n, "ROWS": rows, "BLOCK": block, "LINKS": links, "CHAINS": CHAINS, "COLUMNS": tile}
+    constants |= {"VECTOR": vector, "STEPS": 16 if n <= 4 else 12, "RUNS": min(32, 128 // rows)}
+    launches.append(
+        Launch(
+            down_kernel,
+            (triton.cdiv(chains, CHAINS), tiles),
+            (down, *lists, empty(chains, n, d), y, counts, f, d, blocks, chains),
+            constants,
+            options,
+        )
+    )
+    return launches, y, counts
+
+
+@cache
+def _target(device: torch.device) -> GPUTarget:
+    """What Triton compiles for on `device`, the current one."""
+    return GPUTarget("cuda", 0, 32) if device.type == "cpu" else triton.runtime.driver.active.get_current_target()
+
+
+def _check(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+) -> None:
+    """Refuses what the kernels do not compute exactly."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act is {act!r}: the triton backend supports {', '.join(ACTIVATIONS)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}: the triton backend supports bfloat16, float16 and float32")
+    if x.dim() != 2 or not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ValueError(
+            f"x has shape {list(x.shape)}: the triton backend takes [N, D] with N from 1 to {MAX_ROWS}; "
+            "run larger batches and prefill through the reference backend"
+        )
+    if gate.dim() != 2 or 0 in gate.shape:
+        raise ValueError(f"gate has shape {list(gate.shape)}: expected [F, D]")
+    if len(predictor) not in (0, 5) or any(0 in part.shape for part in predictor):
+        shapes = [list(part.shape) for part in predictor]
+        raise ValueError(f"predictor has shapes {shapes}: expected [] or [w1, s1, w2, s2, bias], none of them empty")
+    f, d = gate.shape
+    expected = {
+        "x": (x, (x.shape[0], d), x.dtype),
+        "gate": (gate, (f, d), x.dtype),
+        "up": (up, (f, d), x.dtype),
+        "down": (down, (f, d), x.dtype),
+        "threshold": (threshold, (f,), torch.float32),
+    }
+    if predictor:
+        w1, s1, w2, s2, bias = predictor
+        r = s1.numel()
+        expected |= {
+            "w1": (w1, (r, d), torch.int8),
+            "s1": (s1, (r,), torch.float32),
+            "w2": (w2, (f, r), torch.int8),
+            "s2": (s2, (f,), torch.float32),
+            "bias": (bias, (f,), torch.float32),
+        }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}: expected {dtype} {list(shape)} "
+                "(weights neuron-contiguous [F, D], down transposed)"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}: move the module to one device")
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()}: pass it contiguous, a copy here would hide its cost"
+            )
+
+
+@torch.library.custom_op("moyu::gated_ffn_triton", mutates_args=())
+def gated_ffn(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`naive.gated_ffn` for 1 to 8 rows; 2 launches, or 3 with a predictor.
+
+    Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
+        `ACTIVATIONS`; predictor `[]` or `[w1 [R, D] int8, s1 [R] fp32, w2 [F, R] int8, s2 [F] fp32, bias [F] fp32]`.
+        All contiguous and on one device.
+    Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
+    """
+    _check(x, gate, up, down, threshold, act, predictor)
+    if x.device.type != "cuda" and isinstance(down_kernel, triton.JITFunction):
+        raise ValueError(
+            f"x is on {x.device}: the triton backend needs a GPU (or TRITON_INTERPRET=1 before the import)"
+        )
+    with torch.cuda.device_of(x):
+        launches, y, counts = plan(x, gate, up, down, threshold, act, predictor, _target(x.device))
+        for launch in launches:
+            launch.run()
+    return y, counts
+
+
+@gated_ffn.register_fake
+def _(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    _check(x, gate, up, down, threshold, act, predictor)
+    return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

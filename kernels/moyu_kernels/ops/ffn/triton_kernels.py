@@ -1,0 +1,261 @@
+"""Device code of the gated FFN with a dynamic mask; `triton.py` launches it.
+
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank; B blocks of at most 128 neurons, S chains
+of neighbouring blocks, C tiles of columns, all three fixed by the shape of the weights.
+
+A program packs the needed neurons of its block into a list, so that every load it issues is useful. What is added to
+what, and in which order, depends on the neuron's number and never on its place in a list: runs repeat bitwise, and a
+row equals its batch-of-one result. A weight row is fetched once for the batch; a row of the batch that does not want
+it multiplies it by zero, so weights must be finite.
+"""
+# mypy: ignore-errors
+# Triton compiles these functions from their source: their arguments have no Python types.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tuple of N fp32 accumulators `[ROWS, COLUMNS]`."""
+    acc = ()
+    for _ in tl.static_range(N):
+        acc += (tl.zeros([ROWS, COLUMNS], tl.float32),)
+    return acc
+
+
+@triton.jit
+def _halves(a):
+    """Even and odd columns of `[ROWS, COLUMNS]`, neighbours in the same thread: half as many accumulators."""
+    return tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+
+
+@triton.jit
+def _activate(g, ACT: tl.constexpr):
+    """`ACTIVATIONS[ACT](g)` for fp32 g."""
+    if ACT == "silu":
+        return g * tl.sigmoid(g)
+    elif ACT == "relu":
+        return tl.maximum(g, 0.0)
+    elif ACT == "gelu":
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:
+        tl.static_assert(ACT == "gelu_tanh")
+        return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+
+
+@triton.jit
+def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """`hidden = s1 * (w1 @ x)`, one predictor row per program.
+
+    x `[N, D]`; w1 `[R, D]` int8; s1 `[R]` fp32. Out: hidden `[N, R]` fp32.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    acc = _zeros(N, 1, COLUMNS)
+    for start in range(0, D, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)[None, :]
+        w = tl.load(w1_ptr + r * D + d, mask=d < D, other=0).to(tl.float32)
+        new = ()
+        for n in tl.static_range(N):
+            x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+            new += (tl.fma(w, x, acc[n]),)
+        acc = new
+    scale = tl.load(s1_ptr + r)
+    for n in tl.static_range(N):
+        tl.store(hidden_ptr + n * R + r + tl.arange(0, 1), tl.sum(acc[n], 1) * scale)
+
+
+@triton.jit
+def _select(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr):
+    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
+    scale = tl.load(s2_ptr + f, mask=f < F, other=0.0)
+    bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
+    wanted = tl.zeros([BLOCK], tl.int32)
+    for n in tl.static_range(N):
+        acc = tl.zeros([BLOCK, RANKS], tl.float32)
+        for start in range(0, R, RANKS):
+            r = start + tl.arange(0, RANKS)[None, :]
+            inside = (f[:, None] < F) & (r < R)
+            w = tl.load(w2_ptr + f[:, None] * R + r, mask=inside, other=0).to(tl.float32)
+            # One pointer per element of w, though all neurons share the row: it loads where it is used.
+            h = tl.load(hidden_ptr + n * R + r + 0 * f[:, None], mask=inside, other=0.0)
+            acc = tl.fma(w, h, acc)
+        score = tl.sum(acc, 1) * scale + bias
+        wanted |= (score > 0).to(tl.int32) << n
+    return tl.where(f < F, wanted, 0)
+
+
+@triton.jit
+def gate_up_kernel(
+    x_ptr, gate_ptr, up_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr, bias_ptr,
+    values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
+    ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+    SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
+
+    x `[N, D]`; gate, up `[F, D]`; threshold `[F]` fp32; hidden `[N, R]` fp32 or None (all are selected), then w2
+    `[F, R]` int8, s2, bias `[F]` fp32. Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the
+    first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept;
+    tickets `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    blocks = tl.num_programs(0)
+    for tile in range(tl.program_id(0), TILES, blocks):
+        tl.store(tickets_ptr + tile, 0)
+
+    lane = tl.arange(0, BLOCK)
+    f = block * BLOCK + lane
+    if hidden_ptr is None:
+        wanted = tl.where(f < F, (1 << N) - 1, 0)
+    else:
+        wanted = _select(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, BLOCK, RANKS)
+    chosen = (wanted != 0).to(tl.int32)
+    place = tl.where(wanted != 0, tl.cumsum(chosen, 0) - 1, BLOCK)
+    selected = tl.sum(chosen, 0)
+
+    length = 0
+    row = tl.arange(0, ROWS)[None, :]
+    kept = tl.zeros([SLOTS, ROWS], tl.int32)
+    for first in range(0, selected, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        hit = place[None, :] == slot[:, None]
+        bits = tl.sum(tl.where(hit, wanted[None, :], 0), 1)
+        neuron = block * BLOCK + tl.sum(tl.where(hit, lane[None, :], 0), 1)
+        live = slot < selected
+
+        gate_acc = _zeros(N, SLOTS, COLUMNS // 2)
+        up_acc = _zeros(N, SLOTS, COLUMNS // 2)
+        for start in range(0, D, COLUMNS * STEPS):
+            weights = ()
+            for step in tl.static_range(STEPS):
+                d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+                inside = live[:, None] & (d < D)
+                weights += (tl.load(gate_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
+                weights += (tl.load(up_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
+            # Keeps all loads in flight: without it ptxas moves them between the products to save registers.
+            tl.debug_barrier()
+            for step in tl.static_range(STEPS):
+                d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+                inside = live[:, None] & (d < D)
+                g0, g1 = _halves(weights[2 * step].to(tl.float32))
+                u0, u1 = _halves(weights[2 * step + 1].to(tl.float32))
+                new_gate = ()
+                new_up = ()
+                for n in tl.static_range(N):
+                    x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=inside, other=0.0)
+                    x0, x1 = _halves(x.to(tl.float32))
+                    new_gate += (tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])),)
+                    new_up += (tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])),)
+                gate_acc = new_gate
+                up_acc = new_up
+
+        g = tl.zeros([SLOTS, ROWS], tl.float32)
+        u = tl.zeros([SLOTS, ROWS], tl.float32)
+        for n in tl.static_range(N):
+            g = tl.where(row == n, tl.sum(gate_acc[n], 1)[:, None], g)
+            u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
+        a = _activate(g, ACT) * u
+        threshold = tl.load(threshold_ptr + neuron, mask=live, other=0.0)
+        keep = ((bits[:, None] >> row) & 1 != 0) & (tl.abs(a) >= threshold[:, None]) & (a != 0)
+        kept += keep.to(tl.int32)
+        tl.store(values_ptr + row * F + neuron[:, None], tl.where(keep, a, 0.0), mask=live[:, None] & (row < N))
+
+        listed = tl.max(keep.to(tl.int32), 1)
+        entry = block * BLOCK + length + tl.cumsum(listed, 0) - 1
+        tl.store(neurons_ptr + entry, neuron.to(tl.int32), mask=listed != 0)
+        length += tl.sum(listed, 0)
+
+    row = tl.arange(0, ROWS)
+    tally_ptr = tallies_ptr + row * blocks + block
+    tl.store(lengths_ptr + block, length)
+    tl.store(tally_ptr, tl.sum((wanted[:, None] >> row[None, :]) & 1, 0), mask=row < N)
+    tl.store(tally_ptr + N * blocks, tl.sum(kept, 0), mask=row < N)
+
+
+@triton.jit
+def down_kernel(
+    down_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr, y_ptr, counts_ptr,
+    F, D, BLOCKS, ALL_CHAINS,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LINKS: tl.constexpr, CHAINS: tl.constexpr,
+    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """`y = a @ down` over some chains and one tile of columns; the tile's last program adds up all chains.
+
+    down `[F, D]`; values, neurons, lengths, tallies, tickets as left by `gate_up_kernel`; partials `[S, N, D]` fp32
+    scratch. Out: y `[N, D]` of down's dtype, counts `[N, 2]` int32.
+    """
+    tile = tl.program_id(1).to(tl.int64)
+    chain = tl.program_id(0).to(tl.int64) * CHAINS + tl.arange(0, CHAINS)
+    d = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+    # The lists of a chain's blocks, read as one: entry e lies behind the unused ends of the blocks before it.
+    total = tl.zeros([CHAINS], tl.int32)
+    ends = ()
+    gaps = ()
+    for link in tl.static_range(LINKS):
+        block = chain * LINKS + link
+        length = tl.load(lengths_ptr + block, mask=block < BLOCKS, other=0)
+        total += length
+        ends += (total,)
+        gaps += (BLOCK - length,)
+
+    # One thread adds the neurons of a chain in ascending order: a neuron that only other rows keep adds zero.
+    acc = _zeros(N, CHAINS, COLUMNS)
+    for start in range(0, tl.max(total, 0), STEPS):
+        neurons = ()
+        for step in tl.static_range(STEPS):
+            place = chain * (LINKS * BLOCK) + start + step
+            for link in tl.static_range(LINKS):
+                place += tl.where(start + step >= ends[link], gaps[link], 0)
+            neurons += (tl.load(neurons_ptr + place, mask=start + step < total, other=0),)
+        weights = ()
+        for step in tl.static_range(STEPS):
+            inside = (start + step < total)[:, None] & (d < D)
+            offset = neurons[step][:, None].to(tl.int64) * D + d
+            weights += (tl.load(down_ptr + offset, mask=inside, other=0.0),)
+        tl.debug_barrier()  # as in `gate_up_kernel`
+        for step in tl.static_range(STEPS):
+            w = weights[step].to(tl.float32)
+            new = ()
+            for n in tl.static_range(N):
+                a = tl.load(values_ptr + n * F + neurons[step], mask=start + step < total, other=0.0)
+                new += (tl.fma(w, a[:, None], acc[n]),)
+            acc = new
+
+    # Stored as [4-vector of a load, chain, load, column of a vector]: the order in which the threads hold them.
+    part = tl.arange(0, VECTOR // 4)[:, None, None, None] * 4
+    where = tl.arange(0, COLUMNS // VECTOR)[None, None, :, None] * VECTOR
+    d = tile * COLUMNS + part + where + tl.arange(0, 4)[None, None, None, :]
+    owner = chain[None, :, None, None]
+    for n in tl.static_range(N):
+        partial = tl.permute(tl.reshape(acc[n], [CHAINS, COLUMNS // VECTOR, VECTOR // 4, 4]), [2, 0, 1, 3])
+        tl.store(partials_ptr + (owner * N + n) * D + d, partial, mask=(owner < ALL_CHAINS) & (d < D))
+
+    tl.debug_barrier()  # the partials of all threads come before the ticket
+    if tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        lane = tl.arange(0, ROWS * COLUMNS).to(tl.int64)
+        row = lane // COLUMNS
+        column = tile * COLUMNS + lane % COLUMNS
+        inside = (row < N) & (column < D)
+        y = tl.zeros([ROWS * COLUMNS], tl.float32)
+        for start in range(0, ALL_CHAINS, RUNS):
+            partials = ()
+            for run in tl.static_range(RUNS):
+                line = (start + run) * N + row
+                live = inside & (line < ALL_CHAINS * N)
+                line_ptr = partials_ptr + line * D + column
+                partials += (tl.load(line_ptr, mask=live, other=0.0, cache_modifier=".cg"),)
+            for run in tl.static_range(RUNS):
+                y += partials[run]
+        tl.store(y_ptr + row * D + column, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+    if (tl.program_id(0) == 0) & (tile == 0):
+        line = tl.arange(0, ROWS)
+        for kind in tl.static_range(2):
+            count = tl.zeros([ROWS, 128], tl.int32)
+            for start in range(0, BLOCKS, 128):
+                b = start + tl.arange(0, 128)[None, :]
+                tally_ptr = tallies_ptr + (kind * N + line)[:, None] * BLOCKS + b
+                count += tl.load(tally_ptr, mask=(line < N)[:, None] & (b < BLOCKS), other=0)
+            tl.store(counts_ptr + 2 * line + kind, tl.sum(count, 1), mask=line < N)

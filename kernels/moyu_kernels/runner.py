@@ -1,0 +1,224 @@
+"""Decodes with a transformers causal LM, sparse or dense, at little more cost per token than reading its weights.
+
+The single-token step is compiled as one graph over a static cache, with the native ops in it: linear layers and
+attention are swapped for the `moyu` ops on the same parameters. Layers that repeat share one compiled region.
+"""
+
+import time
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modules import MAX_ROWS, Linear, SparseGatedFFN
+from .ops import cpu
+
+ATTENTION = "moyu"
+_counter = iter(range(2**62))
+
+
+class Runner:
+    """Token-by-token decoding of one model: greedy or sampled with `generate`, or step by step.
+
+    Prefill applies the rule's exact mask, a step the model's own mode. The model keeps its parameters, but runs with
+    the runner's linear layers and attention until `close`.
+
+    Args:
+        model: a transformers causal LM that supports StaticCache, on one device, in eval mode.
+        max_length: most tokens of prompt and answer together: the size of the cache.
+        batch: sequences decoded side by side, 1 to 8.
+        compile: False runs every step eagerly, for debugging.
+
+    `compile_seconds` is what the first step took, compilation included.
+
+    Raises: ValueError for a batch outside 1 to 8.
+    """
+
+    def __init__(self, model: Any, max_length: int, batch: int = 1, compile: bool = True) -> None:
+        if not 1 <= batch <= MAX_ROWS:
+            raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
+        from transformers import StaticCache
+
+        self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
+        self.device = next(model.parameters()).device
+        self._sparse = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
+        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
+        self._attention = model.config._attn_implementation
+        self._steps: dict[Any, Any] = {}
+        if self.device.type == "cpu":
+            self._swap()
+        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.position = 0
+        token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        counts = [module.counts.clone() for module in self._sparse]
+        # The cache takes its shapes from the first call, which must not be a compiled one.
+        self.prefill(token)
+        start = time.perf_counter()
+        if max_length > 1:
+            self.step(token)
+        self.compile_seconds = time.perf_counter() - start
+        for module, count in zip(self._sparse, counts, strict=True):
+            module.counts.copy_(count)
+        self.reset()
+
+    def _swap(self) -> None:
+        cpu.load()
+        for parent in list(self.model.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear and not isinstance(parent, SparseGatedFFN):
+                    self._undo.append((parent, name, child))
+                    setattr(parent, name, Linear(child))
+        if self._attention == "sdpa":
+            _register_attention()
+            self.model.set_attn_implementation(ATTENTION)
+
+    def close(self) -> None:
+        """Give the model its own linear layers and attention back."""
+        for parent, name, child in self._undo:
+            setattr(parent, name, child)
+        self._undo.clear()
+        if self.model.config._attn_implementation == ATTENTION:
+            self.model.set_attn_implementation(self._attention)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.cache.reset()
+        self.position = 0
+
+    def seek(self, position: int) -> None:
+        """Go back to `position`: what was decoded from there on is written over by the next steps.
+
+        Raises: ValueError for a position that was not reached.
+        """
+        if not 0 <= position <= self.position:
+            raise ValueError(f"position {position} is not between 0 and {self.position}, where the runner stands")
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            layer.cumulative_length.fill_(position)
+        self.position = position
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Start anew with a prompt, under the rule's exact mask.
+
+        Args: ids int64 `[batch, T]`. Returns: logits of the last position `[batch, V]`.
+        Raises: ValueError where the prompt does not fit.
+        """
+        self._check(ids)
+        self.reset()
+        self._advance(ids.shape[1])
+        modes = [module.mode for module in self._sparse]
+        try:
+            for module in self._sparse:
+                if module.mode == "predicted":
+                    module.set_mode("rule")
+            output = self.model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
+        finally:
+            for module, mode in zip(self._sparse, modes, strict=True):
+                module.set_mode(mode)
+        return output.logits[:, -1]
+
+    @torch.no_grad()
+    def step(self, token: Tensor | int) -> Tensor:
+        """Decode one token per sequence.
+
+        Args: token int64 `[batch, 1]`, or an int for batch 1. Returns: logits for the next one `[batch, V]`.
+        Raises: ValueError where the cache is full.
+        """
+        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1)
+        self._check(ids)
+        self._advance(1)
+        if not self._compile:
+            return _step(self.model, self.cache, ids)
+        # The compiled step has no guards, so what they would have watched is part of the key.
+        key = (torch.get_num_threads(), *((module.mode, module.backend) for module in self._sparse))
+        if key not in self._steps:
+            self._steps[key] = self._compiled()
+        return self._steps[key](self.model, self.cache, ids)
+
+    def _compiled(self) -> Any:
+        from transformers.cache_utils import StaticLayer
+
+        # A function of its own for each graph: torch.compile keeps its results with the code object.
+        code = _step.__code__.replace(co_name=f"step_{next(_counter)}")
+        # Other kinds of cache layer keep plain numbers that change from step to step, and need their guards.
+        plain = all(type(layer) is StaticLayer for layer in self.cache.layers)
+        options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)} if plain else {}
+        return torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=False, options=options)
+
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos: int | list[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int]:
+        """Yield new tokens one by one, for batch 1.
+
+        Args: ids int64 `[1, T]`; temperature 0 is greedy; top_p keeps the likeliest tokens of that much probability;
+            eos ends the text, yielded too; generator of the sampling.
+        """
+        if self.batch != 1:
+            raise ValueError(f"generate takes batch 1, the runner has {self.batch}; use prefill and step")
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        logits = self.prefill(ids)
+        for index in range(max_new_tokens):
+            token = _choose(logits[0].float(), temperature, top_p, generator)
+            yield token
+            if token in ends or index + 1 == max_new_tokens:
+                return
+            logits = self.step(token)
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.dim() != 2 or ids.shape[0] != self.batch:
+            raise ValueError(f"ids have shape {list(ids.shape)}, the runner was made for [{self.batch}, T]")
+
+    def _advance(self, tokens: int) -> None:
+        if self.position + tokens > self.max_length:
+            raise ValueError(
+                f"{self.position + tokens} tokens do not fit max_length={self.max_length}; make a runner with a larger one"
+            )
+        self.position += tokens
+
+
+def _step(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    if temperature == 0.0:
+        return int(logits.argmax())
+    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
+    probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def _register_attention() -> None:
+    """Make `attn_implementation="moyu"` known: `moyu::attend` for a single token, sdpa for all else."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
+        single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
+        if extras or not single or dropout or key.shape[-1] != value.shape[-1] or not key.is_contiguous():
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.moyu.attend.default(query, key, value, attention_mask, scale), None
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,106 @@
+"""Writes sparse checkpoints in the documented format, without moyu_train."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from moyu_kernels.ops.ffn.naive import predictor_scores
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+HIDDEN, NEURONS, RANK = 64, 192, 16
+
+
+def tiny_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=NEURONS,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        **changes,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_predictor(hidden: int, neurons: int, rank: int, density: float = 0.5) -> list[Tensor]:
+    w1 = torch.randint(-127, 128, (rank, hidden), dtype=torch.int8)
+    w2 = torch.randint(-127, 128, (neurons, rank), dtype=torch.int8)
+    s1, s2 = torch.full((rank,), 1 / (100 * hidden**0.5)), torch.full((neurons,), 1 / (100 * rank**0.5))
+    scores = predictor_scores(torch.randn(64, hidden), w1, s1, w2, s2, torch.zeros(neurons))
+    return [w1, s1, w2, s2, torch.full((neurons,), -scores.quantile(1 - density).item())]
+
+
+def write_checkpoint(
+    folder: Path,
+    model: Any,
+    blocks: list[dict[str, Any]] | None = None,
+    threshold: float = 0.05,
+    predictors: bool = True,
+    seal: bool = True,
+) -> Path:
+    """Export a model; `seal` writes the manifest."""
+    config = model.config
+    if blocks is None:
+        blocks = [
+            {
+                "path": f"model.layers.{i}.mlp",
+                "layout": "gated",
+                "gate": "gate_proj",
+                "up": "up_proj",
+                "down": "down_proj",
+                "neurons": config.intermediate_size,
+                "hidden": config.hidden_size,
+            }
+            for i in range(config.num_hidden_layers)
+        ]
+    digest = hashlib.sha256()
+    state: dict[str, Tensor] = {}
+    for i, block in enumerate(blocks):
+        module = model.get_submodule(block["path"])
+        for name in (block["gate"], block["up"], block["down"]):
+            if name:
+                weight = getattr(module, name)
+                weight = weight if isinstance(weight, Tensor) else weight.weight
+                digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        shape = (block["experts"], block["neurons"]) if block["layout"] == "experts" else (block["neurons"],)
+        state[f"blocks.{i}.threshold"] = torch.full(shape, threshold)
+        if predictors:
+            tensors = random_predictor(block["hidden"], block["neurons"], RANK)
+            for name, tensor in zip(("w1", "s1", "w2", "s2", "bias"), tensors, strict=True):
+                state[f"blocks.{i}.predictor.{name}"] = tensor
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    data = json.loads(path.read_text())
+    data["moyu"] = {
+        "format_version": 1,
+        "rule": "contribution",
+        "activation": data["hidden_act"],
+        "activation_field": "hidden_act",
+        "architectures": data["architectures"],
+        "blocks": blocks,
+        "predictor": {"family": "lowrank", "rank": RANK, "ffn_sha256": digest.hexdigest()} if predictors else None,
+    }
+    data["hidden_act"] = f"moyu:contribution:{data['hidden_act']} (load with moyu_kernels.from_pretrained)"
+    data["architectures"] = [f"Moyu{name}" for name in data["architectures"]]
+    path.write_text(json.dumps(data))
+    (folder / "moyu").mkdir()
+    save_file(state, folder / "moyu/state.safetensors")
+    if seal:
+        write_manifest(folder, digest.hexdigest())
+    return folder
+
+
+def write_manifest(folder: Path, ffn_sha256: str) -> None:
+    names = [p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    files = {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
+    data = {"format_version": 1, "files": files, "ffn_sha256": ffn_sha256}
+    (folder / "moyu/manifest.json").write_text(json.dumps(data))

@@ -1,0 +1,140 @@
+"""The Triton kernels compiled for GPUs that are not here: what they take, what they load and in which order.
+
+The default run compiles one small model per target, `-m slow` every batch size, dtype and mode of a larger one.
+"""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+from moyu_kernels.ops.aot import Report, compile_launch
+from moyu_kernels.ops.ffn import naive, triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {
+    "sm80": GPUTarget("cuda", 80, 32),
+    "sm90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+THREADS = 128
+WEIGHT_KERNELS = ("gate_up_kernel", "down_kernel")
+
+
+@cache
+def compiled(
+    target: str,
+    n: int = 1,
+    d: int = 576,
+    f: int = 1536,
+    r: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+    act: str = "silu",
+) -> dict[str, tuple[Report, int]]:
+    """Name of each kernel of a call: its report, and the 16-byte weight loads that a thread has in flight."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    fp32, int8 = torch.float32, torch.int8
+    predictor = [empty(r, d, dtype=int8), empty(r, dtype=fp32), empty(f, r, dtype=int8), empty(f, dtype=fp32)]
+    predictor = [*predictor, empty(f, dtype=fp32)] if r else []
+    weights = empty(f, d), empty(f, d), empty(f, d), empty(f, dtype=fp32)
+    launches, _, _ = triton.plan(empty(n, d), *weights, act, predictor, TARGETS[target])
+    reports = {}
+    for launch in launches:
+        matrices = {"gate_up_kernel": 2}.get(launch.kernel.__name__, 1)
+        loads = matrices * launch.constants.get("STEPS", 1)
+        reports[launch.kernel.__name__] = compile_launch(launch, TARGETS[target]), loads
+    return reports
+
+
+def check_resources(target: str, report: Report) -> None:
+    assert report.spills == 0
+    assert report.registers <= (512 if target == "gfx942" else 255)
+    assert report.shared <= 16 * 1024
+
+
+def check_loads(target: str, name: str, report: Report, loads: int) -> None:
+    """Weights come in 16-byte loads, all of a step before the barrier, 32 KB or more in flight on an SM or CU."""
+    hip = target == "gfx942"
+    wide, narrow = r"global_load_dwordx4", r"global_load_[us]\w+" if hip else r"LDG\S*\.[US](?:8|16)\b"
+    wide = wide if hip else r"\bLDG\S*\.128"
+    barrier = r"\bs_barrier" if hip else r"\bBAR\.SYNC"
+    assert re.search(wide, report.assembly)
+    assert not re.search(narrow, report.assembly)
+    if name in WEIGHT_KERNELS:
+        between = re.split(barrier, report.assembly)
+        assert loads in [len(re.findall(wide, part)) for part in between]
+        assert resident(target, report) * THREADS * loads * 16 >= 32 * 1024
+
+
+def resident(target: str, report: Report) -> int:
+    """Programs that fit the registers of an SM or CU."""
+    registers = -(-report.registers // 8) * 8
+    if target == "gfx942":
+        return 4 * min(8, 512 // registers) * 64 // THREADS
+    return min(16, 65536 // (registers * THREADS))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources_and_loads(target: str) -> None:
+    reports = compiled(target)
+    assert [*reports] == ["hidden_kernel", "gate_up_kernel", "down_kernel"]
+    for name, (report, loads) in reports.items():
+        check_resources(target, report)
+        check_loads(target, name, report, loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", triton.DTYPES, ids=str)
+@pytest.mark.parametrize("r", [0, 128], ids=["exact", "predicted"])
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources_and_loads_of_all_batches(target: str, n: int, r: int, dtype: torch.dtype) -> None:
+    for name, (report, loads) in compiled(target, n, 2048, 8192, r, dtype).items():
+        check_resources(target, report)
+        check_loads(target, name, report, loads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", naive.ACTIVATIONS)
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("target", TARGETS)
+def test_resources_of_all_activations(target: str, n: int, act: str) -> None:
+    report, _ = compiled(target, n, 2048, 8192, act=act)["gate_up_kernel"]
+    check_resources(target, report)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_partial_sums_are_published_before_the_ticket(target: str) -> None:
+    """Stores, barrier, release, ticket, barrier, loads that pass by the first-level cache."""
+    if target == "gfx942":
+        order = ["global_store_dwordx4", "s_barrier", "buffer_wbl2 sc1", r"s_waitcnt vmcnt\(0\)", "global_atomic_add"]
+        order += ["buffer_inv sc1", "s_barrier", "global_load"]
+    else:
+        order = [r"STG\.E\.128", r"BAR\.SYNC", r"MEMBAR\.\w+\.GPU", "ATOMG", r"BAR\.SYNC", r"LDG\S*STRONG\.GPU"]
+    report, _ = compiled(target)["down_kernel"]
+    assert re.search(".*?".join(order), report.assembly, re.DOTALL)
+
+
+@pytest.mark.parametrize("target", ["sm90", pytest.param("gfx942", marks=pytest.mark.slow)])
+def test_sums_have_one_order_for_all_batches(target: str) -> None:
+    """The layouts of all fp32 sums, which fix their order, are the same for 1 and 8 rows."""
+
+    def layouts(n: int) -> dict[str, set[str]]:
+        found = {}
+        for name, (report, _) in compiled(target, n).items():
+            ir = report.kernel.asm["ttgir"]
+            names = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ir, re.MULTILINE))
+            sums = re.findall(r"\}\) : \(tensor<(\w+xf32), (#\w+)>\) ->", ir)
+            found[name] = {f"{shape} {names[layout]}" for shape, layout in sums}
+        return found
+
+    assert {name: len(sums) for name, sums in layouts(1).items()} == {
+        "hidden_kernel": 1,  # over D
+        "gate_up_kernel": 2,  # over R and over D
+        "down_kernel": 0,  # a thread adds neurons and chains by itself
+    }
+    assert layouts(8) == layouts(1)

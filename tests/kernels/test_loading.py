@@ -1,0 +1,212 @@
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from moyu_kernels import SparseGatedFFN, from_pretrained
+from moyu_kernels.loading import CheckpointError
+from moyu_kernels.modules import set_mode
+from moyu_kernels.seam import Seam
+from safetensors.torch import load_file
+from sparse_checkpoints import NEURONS, tiny_llama, write_manifest
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+Factory = Callable[..., Path]
+
+
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def reseal(folder: Path) -> None:
+    manifest = json.loads((folder / "moyu/manifest.json").read_text())
+    write_manifest(folder, manifest["ffn_sha256"])
+
+
+def test_import_needs_no_transformers() -> None:
+    code = "import sys, moyu_kernels, moyu_kernels.modules; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rule_equals_stock_model_under_the_mask(checkpoint: Factory, backend: str) -> None:
+    stock = tiny_llama(torch.float32)
+    model = from_pretrained(checkpoint(stock, threshold=0.3), mode="rule", backend=backend)
+    for layer in stock.model.layers:
+        Seam(layer.mlp, "down_proj", lambda a: torch.where(a.abs() >= 0.3, a, 0.0))
+    for length in (5, 20):
+        ids = torch.randint(128, (1, length))
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+    counts = model.model.layers[0].mlp.counts
+    assert counts[0] == 25
+    assert 0 < counts[2] < counts[1] == 25 * NEURONS
+
+
+def test_predicted_skips_and_modes_switch(checkpoint: Factory) -> None:
+    model = from_pretrained(checkpoint(threshold=0.0))
+    ids = torch.randint(128, (1, 4))
+    model(ids)
+    ffn = model.model.layers[0].mlp
+    assert 0.2 < ffn.counts[1] / (4 * NEURONS) < 0.8
+    predicted = model(ids).logits
+    set_mode(model, "predicted", "reference")
+    torch.testing.assert_close(model(ids).logits, predicted, rtol=0.1, atol=0.1)
+    set_mode(model, "dense", "cpu")
+    dense = model(ids).logits
+    torch.testing.assert_close(dense, tiny_llama()(ids).logits, rtol=0.1, atol=0.1)
+    assert not torch.allclose(dense, predicted, rtol=0.1, atol=0.1)
+
+
+def test_to_dtype_keeps_the_state(checkpoint: Factory) -> None:
+    model = from_pretrained(checkpoint()).to(torch.float32)
+    ffn = model.model.layers[0].mlp
+    assert ffn.threshold.dtype == torch.float32
+    assert [t.dtype for t in ffn.predictor] == [torch.int8, torch.float32, torch.int8, torch.float32, torch.float32]
+    assert ffn.counts.dtype == torch.int64
+    before = [t.clone() for t in (ffn.threshold, *ffn.predictor)]
+    model.to(torch.bfloat16).to(torch.float16)
+    assert all(torch.equal(a, b) for a, b in zip(before, (ffn.threshold, *ffn.predictor), strict=True))
+    assert all(weight.is_contiguous() and weight.dtype == torch.float16 for weight in ffn.weights)
+    model(torch.randint(128, (1, 4)))
+
+
+def test_round_trip_is_bitwise_and_stays_loud(checkpoint: Factory, tmp_path: Path) -> None:
+    folder = checkpoint()
+    model = from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(KeyError, match="load with moyu_kernels.from_pretrained"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with pytest.raises(CheckpointError, match=r"has no moyu/manifest\.json"):
+        from_pretrained(tmp_path / "again")
+
+
+def test_no_predictor_is_announced(checkpoint: Factory, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = from_pretrained(checkpoint(predictors=False))
+    assert "no predictor" in caplog.text
+    assert model.model.layers[0].mlp.mode == "rule"
+
+
+def test_half_written(checkpoint: Factory) -> None:
+    with pytest.raises(CheckpointError, match="not written to its end"):
+        from_pretrained(checkpoint(seal=False))
+
+
+def test_damaged_or_missing_file(checkpoint: Factory) -> None:
+    folder = checkpoint()
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed or damaged"):
+        from_pretrained(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        from_pretrained(folder)
+
+
+def test_stale_predictor(checkpoint: Factory) -> None:
+    folder = checkpoint()
+    write_manifest(folder, "0" * 64)
+    with pytest.raises(CheckpointError, match="predictor is stale"):
+        from_pretrained(folder)
+
+
+def test_other_format_version(checkpoint: Factory) -> None:
+    folder = checkpoint()
+    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=2))
+    with pytest.raises(CheckpointError, match="format version 2"):
+        from_pretrained(folder)
+    reseal(folder)
+    rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=7))
+    reseal(folder)
+    with pytest.raises(CheckpointError, match="format version 7"):
+        from_pretrained(folder)
+
+
+def test_missing_state_and_block(checkpoint: Factory) -> None:
+    folder = checkpoint()
+
+    def more_blocks(data: dict) -> None:
+        data["moyu"]["blocks"].append(data["moyu"]["blocks"][0])
+
+    rewrite(folder / "config.json", more_blocks)
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"lacks the tensor 'blocks\.2\.threshold'"):
+        from_pretrained(folder)
+    rewrite(folder / "config.json", lambda data: data["moyu"]["blocks"].pop())
+    rewrite(folder / "config.json", lambda data: data["moyu"]["blocks"][0].update(path="model.layers.9.mlp"))
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9\.mlp, which the model lacks"):
+        from_pretrained(folder)
+
+
+def block(path: str, layout: str, up: str, down: str, **more: int) -> dict:
+    return {"path": path, "layout": layout, "gate": None, "up": up, "down": down, "neurons": 96, "hidden": 32, **more}
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+    "initializer_range": 0.3,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.mark.parametrize("layout", ["fused", "plain", "experts"])
+def test_other_layouts_are_masked_and_announced(
+    checkpoint: Factory, layout: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    if layout == "fused":
+        stock = Phi3ForCausalLM(Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0))
+        blocks = [block("model.layers.0.mlp", layout, "gate_up_proj", "down_proj")]
+    elif layout == "plain":
+        stock = GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL))
+        blocks = [block("gpt_neox.layers.0.mlp", layout, "dense_h_to_4h", "dense_4h_to_h")]
+    else:
+        stock = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
+        blocks = [block("model.layers.0.mlp.experts", layout, "gate_up_proj", "down_proj", experts=4)]
+    stock.eval()
+    folder = checkpoint(stock, blocks=blocks, threshold=1e9, predictors=False)
+    with caplog.at_level(logging.WARNING):
+        model = from_pretrained(folder)
+    assert "is simulated: mask after a dense matmul" in caplog.text
+    ids = torch.randint(64, (1, 6))
+    assert not torch.allclose(model(ids).logits, stock(ids).logits, atol=1e-3)
+    shutil.rmtree(folder)
+    model = from_pretrained(checkpoint(stock, blocks=blocks, threshold=0.0, predictors=False))
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_are_simulated_not_dropped(checkpoint: Factory, caplog: pytest.LogCaptureFixture) -> None:
+    stock = tiny_llama(torch.float32, mlp_bias=True)
+    for layer in stock.model.layers:
+        torch.nn.init.normal_(layer.mlp.down_proj.bias)
+    model = from_pretrained(checkpoint(stock, threshold=0.0))
+    assert "without biases" in caplog.text
+    assert not any(isinstance(module, SparseGatedFFN) for module in model.modules())
+    ids = torch.randint(128, (1, 4))
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)

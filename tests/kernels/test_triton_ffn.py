@@ -1,0 +1,264 @@
+"""The Triton FFN against its naive twin, on CPU tensors through Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so the interpreter tests run in a process of their own
+(`test_under_the_interpreter`) and leave the other tests of a session alone.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from moyu_kernels.ops.ffn import naive
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
+
+# One unit in the last place: the interpreter truncates to bf16 where a GPU rounds.
+RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fills the memory that `torch.empty` hands out with NaN or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(
+    n: int, d: int = 65, f: int = 193, r: int = 17, dtype: torch.dtype = torch.float32, shift: float = 0.0
+) -> dict[str, Any]:
+    """Arguments of `gated_ffn`; r 0 is exact mode; half of the neurons are selected, fewer where shift is below 0."""
+    g = torch.Generator().manual_seed(n + d + f + r)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g)
+
+    def int8(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
+
+    x, gate, up, down = normal(n, d), normal(f, d) / d**0.5, normal(f, d) / d**0.5, normal(f, d) / f**0.5
+    scales = torch.rand(r, generator=g) / 73 / d**0.5, torch.rand(f, generator=g) / 73 / max(r, 1) ** 0.5
+    return {
+        "x": x.to(dtype),
+        "gate": gate.to(dtype),
+        "up": up.to(dtype),
+        "down": down.to(dtype),
+        "threshold": 0.2 * torch.rand(f, generator=g),
+        "act": "silu",
+        "predictor": [int8(r, d), scales[0], int8(f, r), scales[1], 0.1 * normal(f) + shift] if r else [],
+    }
+
+
+def masks(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Selected and kept neurons, `[N, F]` bool each, as `naive.gated_ffn` defines them."""
+    x, threshold = args["x"].float(), args["threshold"]
+    a = naive.ACTIVATIONS[args["act"]](x @ args["gate"].float().T) * (x @ args["up"].float().T)
+    selected = torch.ones_like(a, dtype=torch.bool)
+    if args["predictor"]:
+        selected = naive.predictor_scores(x, *args["predictor"]) > 0
+    return selected, selected & (a.abs() >= threshold) & (a != 0)
+
+
+def run(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    from moyu_kernels.ops.ffn import triton
+
+    return triton.gated_ffn(**args)
+
+
+def check(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Runs the kernel, compares with the naive twin in fp32 and returns what the kernel returned."""
+    y, counts = run(args)
+    weights = {name: args[name].float() for name in ("x", "gate", "up", "down")}
+    expected, expected_counts = naive.gated_ffn(**(args | weights))
+    assert torch.equal(counts, expected_counts)
+    assert y.dtype == args["x"].dtype
+    torch.testing.assert_close(y.float(), expected, rtol=RTOL[y.dtype], atol=2e-6)
+    return y, counts
+
+
+def test_under_the_interpreter() -> None:
+    if INTERPRETED:
+        pytest.skip("this is the process with the interpreter")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("n", "dtype"),
+    [(1, torch.bfloat16), (3, torch.bfloat16), (3, torch.float16), (3, torch.float32), (8, torch.float32)],
+)
+def test_predicted(n: int, dtype: torch.dtype) -> None:
+    args = make(n, dtype=dtype)
+    selected, kept = masks(args)
+    assert 0.3 < selected.float().mean() < 0.7
+    assert 0.1 < kept.float().mean() < selected.float().mean() - 0.1
+    check(args)
+
+
+@interpreted
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
+def test_exact(n: int, dtype: torch.dtype) -> None:
+    check(make(n, r=0, dtype=dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("act", naive.ACTIVATIONS)
+def test_activations(act: str) -> None:
+    check(make(1, r=0) | {"act": act})
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("n", "d", "f", "r", "shift"),
+    [
+        (1, 1, 1, 1, 1.0),
+        (1, 40, 1100, 3, -0.3),  # two blocks a chain
+        (2, 1030, 33, 130, 0.0),  # several steps over D and over R, several tiles of columns
+        (1, 24, 4100, 5, -0.4),  # four larger blocks a chain, five programs a tile
+    ],
+)
+def test_sizes(n: int, d: int, f: int, r: int, shift: float) -> None:
+    check(make(n, d, f, r, shift=shift))
+
+
+@interpreted
+def test_nothing_selected() -> None:
+    y, counts = check(make(3, shift=-1e3))
+    assert not y.any()
+    assert not counts.any()
+
+
+@interpreted
+def test_nothing_kept() -> None:
+    y, counts = check(make(3, r=0) | {"threshold": torch.full((193,), torch.inf)})
+    assert not y.any()
+    assert counts.tolist() == [[193, 0]] * 3
+
+
+@interpreted
+def test_all_active() -> None:
+    _, counts = check(make(3, shift=1e3) | {"threshold": torch.zeros(193)})
+    assert counts.tolist() == [[193, 193]] * 3
+
+
+@interpreted
+def test_ties_are_kept_and_zeros_are_not() -> None:
+    args = make(3, d=7, f=40, r=0)
+    whole = {name: (3 * args[name]).round() for name in ("x", "gate", "up")}
+    _, counts = check(args | whole | {"act": "relu", "threshold": (40 * args["threshold"]).round()})
+    assert counts[:, 1].min() > 0
+
+
+@interpreted
+@pytest.mark.parametrize("r", [0, 17])
+def test_row_equals_its_batch_of_one(r: int) -> None:
+    args = make(8, f=97, r=r)
+    y, counts = run(args)
+    for row in (0, 6):
+        alone, alone_counts = run(args | {"x": args["x"][row : row + 1]})
+        assert torch.equal(alone[0], y[row])
+        assert torch.equal(alone_counts[0], counts[row])
+
+
+@interpreted
+def test_calls_repeat_bitwise() -> None:
+    args = make(3)
+    assert torch.equal(run(args)[0], run(args)[0])
+
+
+@interpreted
+def test_only_needed_rows_are_loaded_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    args = make(3, shift=-0.2)
+    loads = {name: torch.zeros(args[name].numel(), dtype=torch.int32) for name in ("gate", "up", "down")}
+    masked_load = InterpreterBuilder.create_masked_load
+
+    def counting(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        addresses = torch.from_numpy(pointers.data[mask.data].astype("int64"))
+        for name, count in loads.items():
+            index = (addresses - args[name].data_ptr()) // args[name].element_size()
+            index = index[(index >= 0) & (index < count.numel())]
+            count.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
+        return masked_load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting)
+    run(args)
+    selected, kept = (mask.any(0) for mask in masks(args))
+    assert 0 < kept.sum() < selected.sum() < 193
+    for name, needed in {"gate": selected, "up": selected, "down": kept}.items():
+        assert torch.equal(loads[name].view(193, 65), needed.int()[:, None].expand(193, 65)), name
+
+
+@interpreted
+def test_nan_in_rows_that_are_not_needed() -> None:
+    args = make(3, shift=-0.2, dtype=torch.bfloat16)
+    y, _ = run(args)
+    selected, kept = (mask.any(0) for mask in masks(args))
+    for name, needed in {"gate": selected, "up": selected, "down": kept}.items():
+        args[name][~needed] = torch.nan
+    assert torch.equal(run(args)[0], y)
+
+
+@interpreted
+def test_library_checks() -> None:
+    from moyu_kernels.ops.ffn import triton
+
+    torch.library.opcheck(triton.gated_ffn, tuple(make(2, 16, 32, 4).values()))
+
+
+@pytest.mark.parametrize(("r", "launches"), [(0, 2), (17, 3)])
+def test_nothing_but_kernels_is_launched(r: int, launches: int) -> None:
+    from moyu_kernels.ops.ffn import triton
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.backends.compiler import GPUTarget
+
+    calls = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(call))
+            return call(*args, **(kwargs or {}))
+
+    args = make(2, r=r)
+    torch.use_deterministic_algorithms(False)
+    with Recorder():
+        plan, _, _ = triton.plan(**args, target=GPUTarget("cuda", 90, 32))
+    assert len(plan) == launches
+    assert set(calls) == {"aten.empty.memory_format"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"act": "tanh"}, "act is 'tanh'"),
+        ({"x": torch.zeros(1, 65, dtype=torch.float64)}, "float64: the triton backend supports bfloat16"),
+        ({"x": torch.zeros(9, 65)}, "N from 1 to 8"),
+        ({"x": torch.zeros(0, 65)}, "N from 1 to 8"),
+        ({"x": torch.zeros(1, 64)}, r"x is torch.float32 \[1, 64\]: expected torch.float32 \[1, 65\]"),
+        ({"up": torch.zeros(193, 65, dtype=torch.bfloat16)}, "up is torch.bfloat16"),
+        ({"down": torch.zeros(65, 193)}, r"down is .* \[65, 193\]: expected .* \[193, 65\]"),
+        ({"down": torch.zeros(65, 193).T}, r"down has strides \(1, 193\)"),
+        ({"threshold": torch.zeros(193, dtype=torch.bfloat16)}, "threshold is torch.bfloat16"),
+        ({"gate": torch.zeros(193, 65, device="meta")}, "gate is on meta but x is on cpu"),
+        ({"predictor": [torch.zeros(1)]}, r"predictor has shapes \[\[1\]\]"),
+        ({"predictor": make(1, r=16)["predictor"][:2] + make(1)["predictor"][2:]}, r"w2 is .* \[193, 17\]: expected"),
+    ],
+)
+def test_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(make(1) | change)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        run(make(1))

@@ -1,0 +1,135 @@
+"""Bad input: what was given, why it fails, what to change; exit status 1 and no traceback."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import save_tiny, tiny_settings
+
+from moyu_train.cli import main
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    return tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+
+
+def fails(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], *verb: str) -> str:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    assert main([*(verb or ("analyze",)), str(recipe)]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_missing_text(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["data"]["train"] = str(tmp_path / "nothing.jsonl")
+    assert "nothing.jsonl' does not exist; give a JSON lines file" in fails(tmp_path, settings, capsys)
+
+
+def test_empty_text(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").touch()
+    settings["data"]["train"] = str(tmp_path / "empty.txt")
+    assert "is empty" in fails(tmp_path, settings, capsys)
+
+
+def test_text_shorter_than_a_window(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    settings["data"]["train"] = str(tmp_path / "short.txt")
+    assert "has 9 tokens, less than one window of 32" in fails(tmp_path, settings, capsys)
+
+
+def test_too_few_documents(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["data"]["validation_documents"] = 12
+    assert "asks to hold back 12" in fails(tmp_path, settings, capsys)
+
+
+def test_wrong_field(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["data"]["text_field"] = "body"
+    assert "has no field 'body' (it has text)" in fails(tmp_path, settings, capsys)
+
+
+def test_unknown_builtin(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["data"]["test"] = "builtin:moon"
+    assert "shipped texts: builtin:state-union-train" in fails(tmp_path, settings, capsys)
+
+
+def test_folder_that_cannot_be_written(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    settings["run"] = str(tmp_path / "file" / "run")
+    assert "cannot be written" in fails(tmp_path, settings, capsys)
+    settings["run"] = "/proc/moyu"  # read-only even for root
+    assert "cannot be written" in fails(tmp_path, settings, capsys)
+
+
+def test_full_disk(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": -1})())
+    assert "has -0.0 GB free" in fails(tmp_path, settings, capsys)
+
+
+@pytest.mark.parametrize("model", ["nowhere/at-all", "missing.gguf", "package:no_such_package", "EMPTY"])
+def test_models_that_are_not_there(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    settings["model"] = str(tmp_path / "empty") if model == "EMPTY" else model
+    error = fails(tmp_path, settings, capsys)
+    assert any(
+        text in error
+        for text in ("could not be loaded", "does not exist", "is not installed", "no config.json", "no tokenizer")
+    )
+
+
+def test_unknown_layout(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from tiny import tokenizer
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=32, n_layer=1, n_head=2))
+    for module in model.modules():
+        if hasattr(module, "gelu_impl"):
+            del module.gelu_impl  # an FFN without an activation module is none that we know
+            module.gelu_impl = lambda x: x
+    model.save_pretrained(tmp_path / "bloom")
+    tokenizer().save_pretrained(tmp_path / "bloom")
+    settings["model"] = str(tmp_path / "bloom")
+    error = fails(tmp_path, settings, capsys)
+    assert "no FFN block found" in error
+    assert "BloomMLP" in error
+
+
+def test_more_memory_than_there_is(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("calibrate", "fit-predictors", "calibrate-in-loop"):
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(yaml.safe_dump(settings))
+        assert main([stage, str(recipe)]) == 0
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10**5})())
+    error = fails(tmp_path, settings, capsys, "finetune")
+    assert "GB of memory are there; lower finetune.batch" in error
+
+
+def test_more_tokens_than_the_text_holds(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["finetune"]["tokens"] = 10**7
+    assert "more than the training text holds" in fails(tmp_path, settings, capsys, "control")
+
+
+def test_half_written_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sparse" / "moyu").mkdir(parents=True)
+    (tmp_path / "sparse" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for verb in ("verify", "evaluate", "bench"):
+        assert main([verb, str(tmp_path / "sparse")]) == 1
+        assert "not written to its end" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "sparse"), "--prompt", "x"]) == 1
+    assert "not written to its end" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""find → mask → export → marker → verify for every layout, and what a damaged checkpoint says."""
+
+import json
+from pathlib import Path
+
+import moyu_kernels
+import pytest
+import torch
+from moyu_kernels.loading import CheckpointError
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, tiny_model, tokenizer
+from transformers import AutoModelForCausalLM
+
+from moyu_train.checkpoints.export import MANIFEST, STATE, export, read_state
+from moyu_train.checkpoints.verify import marker_of, verify
+from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
+from moyu_train.models.loading import load_dense
+from moyu_train.sparsifiers.threshold import Threshold
+from moyu_train.training.rule import calibrate_rule
+
+DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0))])
+IDS = DOCUMENTS.tokens[0][None, :16]
+
+
+def exported(folder: Path, family: str = "llama", density: float = 0.4) -> Path:
+    model = tiny_model(family)
+    rule = calibrate_rule(model, Threshold, Threshold.Options(), density, DOCUMENTS, 200, passes=1)
+    export(model, tokenizer(), folder, "threshold", rule.thresholds, None, None)
+    return folder
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_layout_goes_all_the_way(tmp_path: Path, family: str) -> None:
+    folder = exported(tmp_path / "sparse", family)
+    figures = verify(folder)
+    assert figures["logits_relative_error"] < 1e-4
+    assert figures["stock_refuses"]
+    sparse = moyu_kernels.from_pretrained(folder, mode="rule")(IDS).logits
+    dense = tiny_model(family)(IDS).logits
+    assert (sparse - dense).norm() / dense.norm() > 0.01, "the mask does nothing"
+    again = load_dense(folder)  # our own loader reads it, and keeps the marker on the live config
+    torch.testing.assert_close(again(IDS).logits, dense, rtol=1e-4, atol=1e-4)
+    again.save_pretrained(tmp_path / "resaved")
+    with pytest.raises(KeyError, match="load with moyu_kernels"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "resaved")
+
+
+def test_marker_architecture_and_block_are_data(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "sparse")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_act"] == marker_of(folder) == "moyu:threshold:silu (load with moyu_kernels.from_pretrained)"
+    assert config["architectures"] == ["MoyuLlamaForCausalLM"]
+    assert config["moyu"]["blocks"][1]["path"] == "model.layers.1.mlp"
+    assert "auto_map" not in config
+    assert "sparsity_config" not in config
+    assert not list(folder.glob("*moyu*.safetensors")), "our tensors belong into the subfolder"
+
+
+def test_verify_catches_a_rule_that_is_not_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(tmp_path / "sparse")
+    thresholds, predictors = read_state(folder)
+    wrong = ([t * 1.5 for t in thresholds], predictors)
+    monkeypatch.setattr("moyu_train.checkpoints.verify.read_state", lambda folder: wrong)
+    with pytest.raises(MoyuError, match="logits differ"):
+        verify(folder)
+
+
+def test_verify_catches_a_missing_marker(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "sparse")
+    config = json.loads((folder / "config.json").read_text())
+    config["hidden_act"] = "silu"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoyuError, match=r"changed or damaged"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "cut state", "other weights", "newer format", "missing file"])
+def test_damaged_checkpoints_are_refused(tmp_path: Path, damage: str) -> None:
+    folder = exported(tmp_path / "sparse")
+    if damage == "no manifest":
+        (folder / MANIFEST).unlink()
+    elif damage == "cut state":
+        data = (folder / STATE).read_bytes()
+        (folder / STATE).write_bytes(data[: len(data) // 2])
+    elif damage == "other weights":
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    elif damage == "newer format":
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 99}))
+    else:
+        (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError):
+        moyu_kernels.from_pretrained(folder)
+
+
+def test_an_interrupted_export_leaves_nothing_loadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moyu_train.checkpoints.export.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        exported(tmp_path / "sparse")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    thresholds = [torch.full((96,), float("nan")), torch.ones(96)]
+    with pytest.raises(MoyuError, match=r"blocks\.0\.threshold holds values that are not finite"):
+        export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", thresholds, None, None)

@@ -1,0 +1,264 @@
+"""The whole path on a tiny model through the real command line: figures, reuse, kill and resume, two processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import save_tiny, tiny_settings
+
+from moyu_train.pipeline import STAGES
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = (
+    "decode_tokens_per_second",
+    "bandwidth_gb_s",
+    "bandwidth_share",
+    "over_best_transformers",
+    "over_dense_runner",
+    "bench",
+)
+
+
+def moyu(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "moyu_train", *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result
+
+
+def prepare(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = tiny_settings(folder, save_tiny(folder / "model"))
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    return recipe
+
+
+def without_timings(result: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in result.items() if name not in TIMINGS}
+    kept["hashes"] = {name: value for name, value in kept["hashes"].items() if name != "recipe"}  # holds the folder
+    return kept
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of all stages."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    recipe = prepare(folder)
+    moyu("run", str(recipe), "--json", str(folder / "figures.json"))
+    return folder
+
+
+def test_result_has_the_documented_names(finished: Path) -> None:
+    result = json.loads((finished / "run" / "result.json").read_text())
+    assert json.loads((finished / "figures.json").read_text()) == result
+    for name in (
+        "model",
+        "tokens_trained",
+        "bytes_skipped",
+        "neurons_off",
+        "predictor_bytes_share",
+        "bandwidth_gb_s",
+        "bandwidth_share",
+    ):
+        assert name in result
+    for name in ("dense", "control", "oracle", "sparse", "rule", "untouched"):
+        assert result["ppl"][name] > 1
+    for name in ("dense_eager", "sparse", "dense_runner"):
+        assert result["decode_tokens_per_second"][name] > 0
+    documented = (ROOT / "docs" / "results.md").read_text()
+    for name in result:
+        assert f"`{name}" in documented, f"result.json has {name}, docs/results.md does not explain it"
+
+
+def test_figures_are_true(finished: Path) -> None:
+    result = json.loads((finished / "run" / "result.json").read_text())
+    assert result["tokens_trained"] == 1024
+    assert abs(result["bytes_skipped"] - 0.2) < 0.05
+    assert result["ppl"]["control"] < result["ppl"]["dense"]
+    assert result["kernels"]["perplexity"] == pytest.approx(result["kernels"]["masked_perplexity"], rel=1e-3)
+    sparse = next(row for row in result["bench"] if row["setting"] == "sparse")
+    dense = next(row for row in result["bench"] if row["setting"] == "dense_runner")
+    ffn = 2 * 3 * 32 * 96 * 4
+    assert dense["bytes"] - sparse["bytes"] == pytest.approx(sparse["bytes_skipped"] * ffn, rel=1e-6)
+
+
+def test_report_opens_offline(finished: Path) -> None:
+    page = (finished / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "http" not in page.replace("http-equiv", "")
+    assert "dense control" in page
+    for name in ("uplift.png", "layers.png", "quality.png", "training.png"):
+        assert (finished / "run" / name).stat().st_size > 5000
+
+
+def test_second_run_reuses_and_another_recipe_does_not(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished / "run", folder)
+    recipe = str(finished / "tiny.yaml")
+    again = moyu("run", recipe, "--run", str(folder))
+    assert again.stderr.count("reused") == len(STAGES)
+    other = moyu("run", recipe, "--run", str(folder), "--calibrate.bytes_skipped", "0.15", "--bench.new_tokens", "3")
+    assert other.stderr.count("reused") == 2  # analyze and control do not depend on it; calibrate reads its section
+    assert json.loads((folder / "result.json").read_text())["bytes_skipped"] == pytest.approx(0.15, abs=0.05)
+
+
+def test_stage_verbs_need_their_predecessors(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path)
+    result = moyu("finetune", str(recipe), code=1)
+    assert "stage 'calibrate-in-loop' is not finished" in result.stderr
+    assert "moyu calibrate-in-loop" in result.stderr
+
+
+def kill_in(stage: str, recipe: Path, delay: float) -> None:
+    """SIGKILL a run shortly after it has started a stage."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moyu_train", "run", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    marker = recipe.parent / "run" / stage / "key"
+    deadline = time.monotonic() + 120
+    while not marker.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("stages", [[("finetune", 2.5), ("export", 0.05)]])
+def test_killed_and_started_again_ends_the_same(finished: Path, tmp_path: Path, stages: list[Any]) -> None:
+    recipe = prepare(tmp_path)
+    for stage, delay in stages:
+        kill_in(stage, recipe, delay)
+    moyu("run", str(recipe))
+    whole = json.loads((finished / "run" / "result.json").read_text())
+    resumed = json.loads((tmp_path / "run" / "result.json").read_text())
+    whole["model"] = resumed["model"]
+    assert without_timings(resumed) == without_timings(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize("delay", [0.05, 1.5])
+def test_killed_at_any_stage_ends_the_same(finished: Path, tmp_path: Path, stage: str, delay: float) -> None:
+    test_killed_and_started_again_ends_the_same(finished, tmp_path, [(stage, delay)])
+
+
+def test_two_processes_train_together(finished: Path, tmp_path: Path) -> None:
+    """accelerate launch with cpu.yaml: data parallel over gloo, the same curve as one process with twice the batch."""
+    recipe = prepare(tmp_path)
+    for stage in ("calibrate", "fit-predictors", "calibrate-in-loop"):
+        moyu(stage, str(recipe))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/cpu.yaml",
+        "--main_process_port",
+        "0",
+        "-m",
+        "moyu_train",
+    ]
+    for stage, options in (("finetune", ["--finetune.batch", "2"]),):
+        result = subprocess.run(
+            [*launch, stage, str(recipe), *options], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())["figures"]
+    assert figures["processes"] == 2
+    assert figures["engine"] == "MULTI_CPU"
+    assert figures["tokens"] == 1024
+    one = [json.loads(line) for line in (finished / "run" / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    two = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    assert len(one) == len(two) == 8
+    for first, second in zip(one, two, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=2e-3)
+        assert first["sparsity"] == pytest.approx(second["sparsity"], abs=2e-3)
+
+
+def test_an_engine_that_would_not_run_is_refused(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path)
+    environment = os.environ | {"ACCELERATE_USE_FSDP": "true"}
+    result = subprocess.run(
+        [sys.executable, "-m", "moyu_train", "calibrate", str(recipe)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert result.returncode == 1
+    assert "runs as plain DDP without a GPU" in result.stderr
+
+
+def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:
+    folder = str(finished / "run" / "export" / "checkpoint")
+    text = str(finished / "test.jsonl")
+    moyu("verify", folder, "--json", str(tmp_path / "v.json"))
+    assert json.loads((tmp_path / "v.json").read_text())["stock_refuses"]
+    moyu(
+        "evaluate",
+        folder,
+        "--data.test",
+        text,
+        "--evaluate.window",
+        "64",
+        "--evaluate.kernel_tokens",
+        "16",
+        "--json",
+        str(tmp_path / "e.json"),
+    )
+    result = json.loads((finished / "run" / "result.json").read_text())
+    assert json.loads((tmp_path / "e.json").read_text())["ppl"]["sparse"] == pytest.approx(result["ppl"]["sparse"])
+    moyu(
+        "bench",
+        folder,
+        "--data.test",
+        text,
+        "--bench.contexts",
+        "[8]",
+        "--bench.new_tokens",
+        "3",
+        "--bench.compiled",
+        "false",
+        "--json",
+        str(tmp_path / "b.json"),
+    )
+    assert json.loads((tmp_path / "b.json").read_text())["rows"]
+    generated = moyu(
+        "generate", folder, "--prompt", "the cat", "--max-new-tokens", "8", "--json", str(tmp_path / "g.json")
+    )
+    assert generated.stdout.startswith("the cat")
+    assert "tokens per second" in generated.stdout
+    figures = json.loads((tmp_path / "g.json").read_text())
+    assert 0 < figures["kept"] <= figures["selected"] <= 1
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
+    assert "smollm2-135m/quickstart" in moyu("recipes").stdout
+    target = tmp_path / "mine.yaml"
+    moyu("recipes", "--copy", "smollm2-135m/quickstart", str(target))
+    moyu("run", str(target), "--dry-run")
+    assert (
+        "did you mean 'smollm2-135m/quickstart'"
+        in moyu("recipes", "--copy", "smollm2-135m/quickstrt", str(tmp_path / "x"), code=1).stderr
+    )
+
+
+def test_env_names_versions_and_kernels() -> None:
+    out = moyu("env").stdout
+    assert "transformers" in out
+    assert "cpu kernels" in out

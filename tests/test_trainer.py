@@ -1,0 +1,159 @@
+"""One loss, one backward: the same numbers however the batch is cut, and nothing lost on resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import TrainingArguments
+
+from moyu_train.errors import MoyuError
+from moyu_train.models.loading import load_dense
+from moyu_train.sparsifiers.threshold import Threshold
+from moyu_train.training.control import SparsityControl
+from moyu_train.training.losses import kl_sum, lm_sum
+from moyu_train.training.stages import Windows
+from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
+
+WINDOWS = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(0))
+
+
+def make(folder: Path, batch: int, accumulation: int, steps: int = 3, optimizer: str = "sgd", **options: Any) -> Any:
+    model = tiny_model()
+    rule = Threshold(Threshold.Options(gain=options.pop("gain", 0.2)), [torch.full((96,), 0.05)] * 2)
+    rule.thresholds = [t.clone() for t in rule.thresholds]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=steps,
+        learning_rate=0.05 if optimizer == "sgd" else 1e-3,
+        optim=optimizer,
+        use_cpu=True,
+        logging_steps=1,
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+    return SparsityTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Windows(WINDOWS),
+        sparsity=SparsityControl(model, rule, target=0.5),
+        parent=tiny_model(),
+        kl_weight=1.0,
+        lm_weight=0.5,
+    )
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_losses_are_sums_over_the_scored_tokens() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, parent = torch.randn(2, 700, 11, generator=g), torch.randn(2, 700, 11, generator=g)
+    labels = torch.randint(0, 11, (2, 700), generator=g)
+    labels[0, 300:] = -100
+    keep = labels[:, 1:] != -100
+    log_q, log_p = logits[:, :-1].log_softmax(-1)[keep], parent[:, :-1].log_softmax(-1)[keep]
+    torch.testing.assert_close(kl_sum(logits, parent, labels), (log_p.exp() * (log_p - log_q)).sum())
+    picked = log_q.gather(-1, labels[:, 1:][keep][:, None])
+    torch.testing.assert_close(lm_sum(logits, labels), -picked.sum())
+
+
+@pytest.mark.parametrize(
+    "other", [{"batch": 1, "accumulation": 4}, {"batch": 4, "accumulation": 1, "activation_checkpointing": True}]
+)
+def test_accumulation_and_checkpointing_give_the_same_run(tmp_path: Path, other: dict[str, Any]) -> None:
+    one, two = make(tmp_path / "a", 4, 1), make(tmp_path / "b", **other)
+    one.train()
+    two.train()
+    for first, second in zip(one.state.log_history, two.state.log_history, strict=True):
+        for name in ("loss", "kl", "lm", "sparsity", "grad_norm"):
+            if name in first:
+                assert first[name] == pytest.approx(second[name], rel=1e-4), name
+    torch.testing.assert_close(weights(one), weights(two), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(weights(one), torch.cat([p.flatten() for p in tiny_model().parameters()]))
+
+
+def test_no_gradient_through_dropped_neurons(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1)
+    trainer.sparsity.sparsifier.thresholds[0][:48] = float("inf")
+    batch = {"input_ids": WINDOWS[:4], "labels": WINDOWS[:4]}
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch).backward()
+    gradient = trainer.model.model.layers[0].mlp.down_proj.weight.grad
+    assert gradient[:, :48].abs().max() == 0
+    assert gradient[:, 48:].abs().max() > 0
+
+
+def test_density_is_counted_for_the_student_in_training_only(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1)
+    batch = {"input_ids": WINDOWS[:4], "labels": WINDOWS[:4]}
+    trainer.model.eval()
+    trainer.compute_loss(trainer.model, batch)
+    assert trainer.sparsity._counts.sum() == 0
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, batch)
+    assert trainer.sparsity._counts[:, 3].tolist() == [4 * 24 * 96.0] * 2
+
+
+def test_controller_brings_density_to_its_target(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1, steps=40, save_strategy="no", gain=0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["sparsity"] < 0.4
+    assert trainer.state.log_history[-2]["sparsity"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_resume_gives_the_same_numbers(tmp_path: Path) -> None:
+    whole = make(tmp_path / "a", 4, 1, steps=4, optimizer="adamw_torch")
+    whole.train()
+    part = make(tmp_path / "b", 4, 1, steps=4, optimizer="adamw_torch")
+    part.args.max_steps = 4
+
+    class Stop(Exception):
+        pass
+
+    original = part.training_step
+
+    def stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if part.state.global_step == 2:
+            raise Stop
+        return original(*args, **kwargs)
+
+    part.training_step = stop
+    with pytest.raises(Stop):
+        part.train()
+    half_written = tmp_path / "b" / "checkpoint-3"
+    half_written.mkdir()
+    checkpoint = last_complete_checkpoint(tmp_path / "b")
+    assert checkpoint is not None
+    assert checkpoint.name == "checkpoint-2"
+    assert not half_written.exists()
+    again = make(tmp_path / "b", 4, 1, steps=4, optimizer="adamw_torch")
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(weights(whole), weights(again))
+    for one, two in zip(whole.sparsity.sparsifier.thresholds, again.sparsity.sparsifier.thresholds, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_training_checkpoints_carry_the_marker(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1, steps=1)
+    trainer.train()
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(KeyError, match="moyu:threshold:silu"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    assert load_dense(tmp_path / "checkpoint-1").config.hidden_act.startswith("moyu:")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1)
+    with torch.no_grad():
+        trainer.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(MoyuError, match="the loss is nan at step 0"):
+        trainer.train()
