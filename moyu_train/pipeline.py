@@ -50,7 +50,7 @@ STAGES = {
         Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune",)),
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",)),
         Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",)),
-        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "evaluate")),
+        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze")),
         Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(

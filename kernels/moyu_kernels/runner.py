@@ -6,7 +6,7 @@ attention are swapped for the `moyu` ops on the same parameters. Layers that rep
 
 import time
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -134,9 +134,18 @@ class Runner:
             return _step(self.model, self.cache, ids)
         # The compiled step has no guards, so what they would have watched is part of the key.
         key = (torch.get_num_threads(), *((module.mode, module.backend) for module in self._sparse))
-        if key not in self._steps:
-            self._steps[key] = self._compiled()
-        return self._steps[key](self.model, self.cache, ids)
+        if key in self._steps:
+            return self._steps[key](self.model, self.cache, ids)
+        self._steps[key] = self._compiled()
+        layers = _repeated(self.model)
+        shared = _shared_regions(layers)
+        try:
+            for layer in layers:
+                layer.forward = MethodType(shared[type(layer)], layer)
+            return self._steps[key](self.model, self.cache, ids)
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def _compiled(self) -> Any:
         from transformers.cache_utils import StaticLayer
@@ -180,13 +189,33 @@ class Runner:
     def _advance(self, tokens: int) -> None:
         if self.position + tokens > self.max_length:
             raise ValueError(
-                f"{self.position + tokens} tokens do not fit max_length={self.max_length}; make a runner with a larger one"
+                f"{self.position + tokens} tokens do not fit max_length={self.max_length}; make a runner with a larger "
+                "one"
             )
         self.position += tokens
 
 
 def _step(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def _repeated(model: nn.Module) -> list[Any]:
+    """The decoder layers: the children of the longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=len, default=())
+    return [layer for layer in longest if "forward" not in vars(layer)]
+
+
+def _shared_regions(layers: list[nn.Module]) -> dict[type, Any]:
+    """For each class of layer its `forward`, marked so that equal layers are compiled once and not one by one."""
+    regions = {}
+    for cls in {type(layer) for layer in layers}:
+        # Marking sets attributes on the function, so a copy is marked, not the class's own.
+        stock: Any = cls.forward
+        copy = FunctionType(stock.__code__, stock.__globals__, stock.__name__, stock.__defaults__, stock.__closure__)
+        copy.__kwdefaults__ = stock.__kwdefaults__
+        regions[cls] = torch.compiler.nested_compile_region(copy)
+    return regions
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

@@ -231,7 +231,7 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
             model = run.dense()
             train(run, place, settings, rate, None, model)
             model.eval()
-            perplexity = score(model, run.validation, recipe.evaluate.window, f"control {rate:g}", None).perplexity
+            perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity
             if PartialState().is_main_process:
                 model.save_pretrained(place / "model")
                 shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -15,7 +15,7 @@ import torch
 
 SOURCES = ("ops.cpp", "simd.h")
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
-MACHINE_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+MACHINE_FLAGS = ("-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",)
 
 
 class BuildError(RuntimeError):
@@ -45,7 +45,8 @@ def build() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             built = Path(folder) / target.name
-            command = [compiler, *FLAGS, MACHINE_FLAG, f"-I{root / 'include'}", str(Path(__file__).parent / "ops.cpp")]
+            source = str(Path(__file__).parent / SOURCES[0])
+            command = [compiler, *FLAGS, *MACHINE_FLAGS, f"-I{root / 'include'}", source]
             command += ["-o", str(built), f"-L{root / 'lib'}", "-ltorch_cpu"]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
@@ -62,7 +63,8 @@ def _key() -> str:
     digest = hashlib.sha256()
     for name in SOURCES:
         digest.update((Path(__file__).parent / name).read_bytes())
-    for text in (*FLAGS, MACHINE_FLAG, os.environ.get("CXX", ""), torch.__version__, platform.machine(), _cpu_flags()):
+    machine = (torch.__version__, platform.machine(), _cpu_flags())
+    for text in (*FLAGS, *MACHINE_FLAGS, os.environ.get("CXX", ""), *machine):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:20]
 
