@@ -105,7 +105,7 @@ def test_density_is_counted_for_the_student_in_training_only(tmp_path: Path) -> 
 def test_controller_brings_density_to_its_target(tmp_path: Path) -> None:
     trainer = make(tmp_path, 4, 1, steps=40, save_strategy="no", gain=0.5)
     trainer.train()
-    assert trainer.state.log_history[0]["sparsity"] < 0.4
+    assert abs(trainer.state.log_history[0]["sparsity"] - 0.5) > 0.05
     assert trainer.state.log_history[-2]["sparsity"] == pytest.approx(0.5, abs=0.03)
 
 

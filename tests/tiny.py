@@ -1,5 +1,6 @@
 """Tiny random models of every layout, and a byte-level tokenizer, made in a moment and saved as ordinary folders."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "llama") -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
     with torch.no_grad():  # the default init is so small that all layouts compute nearly the same
         for parameter in model.parameters():
             if parameter.ndim > 1:

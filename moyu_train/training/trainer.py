@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moyu_train.errors import MoyuError
@@ -17,6 +18,24 @@ from moyu_train.training.control import SparsityControl
 from moyu_train.training.losses import kl_sum, lm_sum
 
 COMPLETE = "moyu_complete.json"
+
+
+class SparsityBar(ProgressCallback):
+    """The Trainer's progress bar, with the loss and target against achieved sparsity beside it at every log step."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4g}"}
+            if "sparsity" in logs:
+                shown["sparsity"] = f"{logs['sparsity']:.3f} of {logs['sparsity_target']:.3f}"
+            self.training_bar.set_postfix(shown)
 
 
 class SparsityTrainer(Trainer):
@@ -45,6 +64,8 @@ class SparsityTrainer(Trainer):
         self._parts: dict[str, float] = {}
         if sparsity is not None:
             self.add_callback(sparsity)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(SparsityBar)
 
     def compute_loss(
         self,

@@ -114,7 +114,7 @@ def test_rows_that_are_not_needed_are_not_read(dtype: torch.dtype, rows: int) ->
     gate[~selected.any(0)] = up[~selected.any(0)] = down[~kept.any(0)] = float("nan")
     found = cpu.gated_ffn(x, gate, up, down, threshold, act, predictor)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
-    exact = down.clone()
+    exact = arguments[3].clone()
     exact[~(a.abs() >= threshold).any(0)] = float("nan")
     assert cpu.gated_ffn(x, arguments[1], arguments[2], exact, threshold, act, [])[0].isfinite().all()
 
@@ -173,6 +173,7 @@ def test_attend(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> No
     assert (y.float() - expected).norm() / expected.norm() < TOLERANCE[dtype]
     k[:, :, -2:] = v[:, :, -2:] = float("nan")
     assert torch.equal(cpu.attend(q, k, v, mask, 0.2), y)
+    assert torch.equal(cpu.attend(q, k, v, mask[:1].expand(batch, 1, 1, length), 0.2)[:1], y[:1])
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -197,6 +198,8 @@ def test_bad_arguments_are_refused() -> None:
         cpu.linear(x[:, :64], gate)
     with pytest.raises(RuntimeError, match="bias is bfloat16, expected float32"):
         cpu.linear(x, gate, threshold.bfloat16())
+    with pytest.raises(RuntimeError, match=r"mask is float32 \[1, 1, 1, 5\], expected bool"):
+        cpu.attend(torch.zeros(1, 2, 1, 4), *[torch.zeros(1, 2, 5, 4)] * 2, torch.ones(1, 1, 1, 5), 1.0)
     with pytest.raises(RuntimeError, match=r"expected \[B, H, 1, D\]"):
         cpu.attend(
             torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), torch.ones(1, 1, 1, 5), 1.0
@@ -227,7 +230,7 @@ def run_python(code: str, **environment: str) -> subprocess.Popen:
 COMPARE = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from moyu_kernels.ops.cpu import build
-build.MACHINE_FLAGS = FLAGS
+build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
@@ -240,7 +243,7 @@ for dtype in tests.DTYPES:
 
 @pytest.mark.parametrize("flags", [("-mavx2", "-mfma", "-mf16c"), ()], ids=["avx2", "plain"])
 def test_other_instruction_sets(flags: tuple[str, ...], tmp_path: Path) -> None:
-    process = run_python(COMPARE.replace("FLAGS", repr(flags)), MOYU_CACHE=str(tmp_path))
+    process = run_python(COMPARE.replace("GIVEN", repr(flags)), MOYU_CACHE=str(tmp_path))
     assert process.communicate()[1] == ""
     assert process.returncode == 0
 

@@ -12,7 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..ffn import naive
-from .build import BuildError, build
+from .build import BuildError, build_library
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def load() -> bool:
     ops run the naive versions.
     """
     try:
-        torch.ops.load_library(build())
+        torch.ops.load_library(build_library())
         return True
     except (BuildError, OSError) as error:
         logger.warning("moyu: the CPU kernels are not available, decoding falls back to plain PyTorch: %s", error)

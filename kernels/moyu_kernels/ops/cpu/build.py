@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moyu"
 
 
-def build() -> Path:
+def build_library() -> Path:
     """Path of the compiled library, taken from the cache or built now.
 
     Raises: BuildError when there is no compiler, the compilation fails or the cache cannot be written.

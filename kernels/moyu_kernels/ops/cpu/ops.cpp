@@ -11,7 +11,9 @@
 #include <cmath>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -29,6 +31,17 @@ constexpr int64_t CHUNK = 1 << 14;     // bytes of weights that a thread claims 
 constexpr int64_t LOOKAHEAD = 1 << 13; // bytes of gate, and of up, that are fetched before their use
 
 // ---------------------------------------------------------------------------------------------------------- checks
+
+template <class... Text>
+[[noreturn]] void fail(const Text&... text) {
+  std::ostringstream message;
+  (message << ... << text);
+  throw std::runtime_error(message.str());
+}
+
+// torch's own macro would begin every message with this file's name.
+#define REQUIRE(condition, ...) \
+  if (!(condition)) fail(__VA_ARGS__)
 
 std::string shape_of(const Tensor& t) {
   std::ostringstream text;
@@ -59,16 +72,16 @@ void check(const char* op, const char* name, const Tensor& t, const std::vector<
     wanted << (i ? ", " : "") << shape[i];
   }
   wanted << "]";
-  STD_TORCH_CHECK(same, op, ": ", name, " has shape ", shape_of(t), ", expected ", wanted.str(), " to agree with x and "
+  REQUIRE(same, op, ": ", name, " has shape ", shape_of(t), ", expected ", wanted.str(), " to agree with x and "
                   "the other weights; pass tensors of one FFN block");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " is ", dtype_name(t.scalar_type()), ", expected ",
+  REQUIRE(t.scalar_type() == dtype, op, ": ", name, " is ", dtype_name(t.scalar_type()), ", expected ",
                   dtype_name(dtype), "; convert it with .to()");
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " ", shape_of(t), " is not contiguous; the kernel reads whole rows, "
+  REQUIRE(t.is_contiguous(), op, ": ", name, " ", shape_of(t), " is not contiguous; the kernel reads whole rows, "
                   "so store it contiguous once instead of passing a view");
 }
 
 void check_input(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= MAX_ROWS && x.size(1) >= 1, op, ": x has shape ",
+  REQUIRE(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= MAX_ROWS && x.size(1) >= 1, op, ": x has shape ",
                   shape_of(x), ", expected [N, D] with N from 1 to ", MAX_ROWS,
                   "; use the dense matmul for more rows");
 }
@@ -80,7 +93,7 @@ void check_input(const char* op, const Tensor& x) {
 class Claims {
  public:
   explicit Claims(int64_t count)
-      : count_(count), threads_(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, std::min(count, MAX_THREADS))) {
+      : count_(count), threads_(std::clamp<int64_t>(torch::stable::get_num_threads(), 1, MAX_THREADS)) {
     for (int64_t t = 0; t < threads_; ++t) next_[t].value.store(count_ * t / threads_, std::memory_order_relaxed);
   }
 
@@ -98,7 +111,7 @@ class Claims {
   // Calls worker(thread) on every thread.
   template <class F>
   void run(const F& worker) const {
-    torch::stable::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, std::min(threads_, count_), 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) worker(thread);
     });
   }
@@ -117,6 +130,13 @@ void for_ranges(int64_t count, const F& work) {
   claims.run([&](int64_t thread) {
     for (int64_t i; (i = claims.claim(thread)) >= 0;) work(i);
   });
+}
+
+inline void pause(int spins) {
+  if (spins > 1000) return std::this_thread::yield();
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
 }
 
 inline void fetch_bytes(const void* p, int64_t size) {
@@ -148,7 +168,7 @@ Act parse_act(const std::string& name) {
   if (name == "relu") return Act::relu;
   if (name == "gelu") return Act::gelu;
   if (name == "gelu_tanh") return Act::gelu_tanh;
-  STD_TORCH_CHECK(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
+  REQUIRE(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
 }
 
 inline float activate(Act act, float g) {
@@ -167,7 +187,7 @@ void dispatch(ScalarType dtype, const char* op, const F& call) {
     case ScalarType::BFloat16: return call(BFloat16());
     case ScalarType::Half: return call(Half());
     default:
-      STD_TORCH_CHECK(false, op, ": x is ", dtype_name(dtype), ", supported are bfloat16, float16 and float32; convert "
+      REQUIRE(false, op, ": x is ", dtype_name(dtype), ", supported are bfloat16, float16 and float32; convert "
                       "the model with .to()");
   }
 }
@@ -212,6 +232,16 @@ struct Ffn {
   Act act;
   int64_t rows, d, neurons, stride, hidden_stride, block;
 
+  // Rows r .. end of the predictor's first matrix: writes them to `out` [rows, hidden_stride]. plain: x in plain order.
+  void hidden_rows(int64_t r, int64_t end, const float* plain, float* out) const {
+    for (; r < end; r += 4)
+      dots_tiled(rows_from<4>(predictor->w1, d, r, end), Rows<int8_t, 0>(), plain, rows, stride, d,
+                 [&](int m, int64_t n, float value) {
+                   const int64_t j = std::min(r + m, end - 1);
+                   out[n * hidden_stride + j] = value * predictor->s1[j];
+                 });
+  }
+
   // The selected neurons of a range, all of them without a predictor; none of range -1.
   void select(int64_t range, Selection& s) const {
     s.first = std::max<int64_t>(range, 0) * block;
@@ -233,6 +263,7 @@ struct Ffn {
 
   // Fetches what the selection of a range reads.
   void fetch_predictor(int64_t range) const {
+    if (range < 0) return;
     const int64_t first = range * block, size = std::min(block, neurons - first);
     if (size <= 0) return;
     fetch_bytes(predictor->w2 + first * predictor->rank, size * predictor->rank);
@@ -339,28 +370,28 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
              static_cast<const W*>(down.data_ptr()), static_cast<const float*>(threshold.data_ptr()), wide, hidden,
              std::nullopt, act, rows, d, neurons, stride, hidden_stride, block};
   if (rank > 0) {
-    const Predictor p{static_cast<const int8_t*>(predictor[0].data_ptr()), static_cast<const int8_t*>(predictor[2].data_ptr()),
-                      static_cast<const float*>(predictor[1].data_ptr()), static_cast<const float*>(predictor[3].data_ptr()),
-                      static_cast<const float*>(predictor[4].data_ptr()), rank};
-    ffn.predictor = p;
+    ffn.predictor = Predictor{
+        static_cast<const int8_t*>(predictor[0].data_ptr()), static_cast<const int8_t*>(predictor[2].data_ptr()),
+        static_cast<const float*>(predictor[1].data_ptr()), static_cast<const float*>(predictor[3].data_ptr()),
+        static_cast<const float*>(predictor[4].data_ptr()), rank};
     widen_input<W, int8_t>(x, plain, stride);
     std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
-    constexpr int64_t PART = 16;  // rows of the first matrix
-    for_ranges((rank + PART - 1) / PART, [&](int64_t range) {
-      const int64_t end = std::min(rank, (range + 1) * PART);
-      for (int64_t r = range * PART; r < end; r += 4)
-        dots_tiled(rows_from<4>(p.w1, d, r, end), Rows<int8_t, 0>(), plain, rows, stride, d,
-                      [&](int m, int64_t n, float value) {
-                        const int64_t j = std::min(r + m, end - 1);
-                        hidden[n * hidden_stride + j] = value * p.s1[j];
-                      });
-    });
   }
-  Claims claims(ranges);
+  constexpr int64_t PART = 16;  // rows of the predictor's first matrix that a thread claims at once
+  const int64_t parts = (rank + PART - 1) / PART;
+  Claims claims(ranges), part_claims(parts);
+  std::atomic<int64_t> parts_done{0};
   claims.run([&](int64_t thread) {
     Selection pair[2];
     typename Ffn<W>::Kept kept;
     int64_t range = claims.claim(thread);
+    if (rank > 0) {
+      ffn.fetch_predictor(range);
+      for (int64_t part; (part = part_claims.claim(thread)) >= 0; parts_done.fetch_add(1, std::memory_order_release))
+        ffn.hidden_rows(part * PART, std::min(rank, (part + 1) * PART), plain, hidden);
+      // What is not done now is being done by a thread that runs: this cannot wait for ever.
+      for (int spins = 0; parts_done.load(std::memory_order_acquire) < parts; ++spins) pause(spins);
+    }
     ffn.select(range, pair[0]);
     ffn.prime(pair[0]);
     for (int turn = 0; range >= 0; turn ^= 1) {
@@ -395,7 +426,7 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
                                      const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor) {
   const char* op = "gated_ffn";
   check_input(op, x);
-  STD_TORCH_CHECK(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
+  REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
   const int64_t d = x.size(1), neurons = gate.size(0);
   const ScalarType dtype = x.scalar_type();
   const Act activation = parse_act(act);
@@ -406,10 +437,10 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "up", up, {neurons, d}, dtype);
     check(op, "down", down, {neurons, d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
-    STD_TORCH_CHECK(predictor.empty() || predictor.size() == 5, op, ": predictor has ", predictor.size(),
+    REQUIRE(predictor.empty() || predictor.size() == 5, op, ": predictor has ", predictor.size(),
                     " tensors, expected none or [w1, s1, w2, s2, bias]");
     if (!predictor.empty()) {
-      STD_TORCH_CHECK(predictor[0].dim() == 2 && predictor[0].size(0) >= 1, op, ": predictor w1 has shape ",
+      REQUIRE(predictor[0].dim() == 2 && predictor[0].size(0) >= 1, op, ": predictor w1 has shape ",
                       shape_of(predictor[0]), ", expected [R, D]");
       const int64_t rank = predictor[0].size(0);
       check(op, "predictor w1", predictor[0], {rank, d}, ScalarType::Char);
@@ -448,7 +479,7 @@ void run_linear(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   const char* op = "linear";
   check_input(op, x);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1, op, ": weight has shape ", shape_of(weight),
+  REQUIRE(weight.dim() == 2 && weight.size(0) >= 1, op, ": weight has shape ", shape_of(weight),
                   ", expected [outputs, D]");
   const ScalarType dtype = x.scalar_type();
   Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
@@ -485,7 +516,7 @@ template <class W>
 void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, float scale, Tensor& y) {
   const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), stride = padded(d);
   const int64_t groups = heads / k.size(1), positions = k.size(2);
-  const int64_t mask_stride = mask.size(0) == 1 ? 0 : positions;
+  const int64_t mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
   static thread_local std::vector<float> scratch;
   scratch.resize(batch * heads * (2 * stride + positions));
   float *wide = scratch.data(), *acc = wide + batch * heads * stride, *scores = acc + batch * heads * stride;
@@ -512,13 +543,16 @@ void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
   const char* op = "attend";
-  STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1 && k.dim() == 4 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, op,
+  REQUIRE(q.dim() == 4 && q.size(2) == 1 && k.dim() == 4 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, op,
                   ": q has shape ", shape_of(q), " and k ", shape_of(k), ", expected [B, H, 1, D] and [B, G, L, D] with G "
                   "a divisor of H; use scaled_dot_product_attention for anything else");
   const int64_t batch = q.size(0), positions = k.size(2);
   check(op, "k", k, {batch, k.size(1), positions, q.size(3)}, q.scalar_type());
   check(op, "v", v, {batch, k.size(1), positions, q.size(3)}, q.scalar_type());
-  check(op, "mask", mask, {mask.size(0) == 1 ? 1 : batch, 1, 1, positions}, ScalarType::Bool);
+  REQUIRE(mask.scalar_type() == ScalarType::Bool && mask.dim() == 4 && (mask.size(0) == 1 || mask.size(0) == batch) &&
+              mask.size(1) == 1 && mask.size(2) == 1 && mask.size(3) == positions && mask.stride(3) == 1,
+          op, ": mask is ", dtype_name(mask.scalar_type()), " ", shape_of(mask), ", expected bool [", batch, " or 1, 1, 1, ",
+          positions, "], dense in its last dimension");
   Tensor y = torch::stable::new_empty(q, {batch, 1, q.size(1), q.size(3)});
   dispatch(q.scalar_type(), op, [&](auto type) { run_attend<decltype(type)>(q, k, v, mask, scale, y); });
   return y;
@@ -528,12 +562,12 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
 
 // Sum of a buffer as 32-bit integers, modulo 2^32: it reads every byte once and does nothing else.
 Tensor read_sum(const Tensor& buffer) {
-  STD_TORCH_CHECK(buffer.is_contiguous() && buffer.scalar_type() == ScalarType::Int, "read_sum: the buffer is ",
+  REQUIRE(buffer.is_contiguous() && buffer.scalar_type() == ScalarType::Int, "read_sum: the buffer is ",
                   dtype_name(buffer.scalar_type()), ", expected contiguous int32");
   constexpr int64_t PART = 1 << 18, WIDTH = 4 * LANES;
   const int32_t* p = static_cast<const int32_t*>(buffer.data_ptr());
   const int64_t size = buffer.numel();
-  STD_TORCH_CHECK(size % WIDTH == 0, "read_sum: ", size, " elements, expected a multiple of ", WIDTH);
+  REQUIRE(size % WIDTH == 0, "read_sum: ", size, " elements, expected a multiple of ", WIDTH);
   std::atomic<uint32_t> total{0};
   for_ranges((size + PART - 1) / PART, [&](int64_t range) {
     VecU32 acc[4] = {};
