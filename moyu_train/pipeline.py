@@ -21,7 +21,8 @@ from accelerate import PartialState
 from moyu_train import __version__, data
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
-from moyu_train.models.loading import Source, load_dense, load_tokenizer, parameter_count, resolve_source
+from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.loading import Source, load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import Recipe
@@ -79,6 +80,7 @@ class Run:
         resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
         resolve("predictor", recipe.predictor, PREDICTORS)
         check_writable(self.folder, 0)
+        self.check()
 
     @cached_property
     def source(self) -> Source:
@@ -90,8 +92,22 @@ class Run:
         return load_tokenizer(self.source.path)
 
     @cached_property
-    def parameters(self) -> tuple[int, Any]:
-        return parameter_count(self.source.path)
+    def skeleton(self) -> Any:
+        return skeleton(self.source.path)
+
+    def check(self) -> None:
+        """Refuse what this recipe cannot do with this model, before its weights are loaded."""
+        blocks = find_blocks(self.skeleton)
+        cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
+        itemsize = getattr(torch, self.recipe.export.dtype).itemsize
+        dense = sum(ffn_bytes(block, itemsize) for block in blocks)
+        share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
+        target = self.recipe.calibrate.bytes_skipped
+        if share + target >= 1:
+            raise MoyuError(
+                f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
+                "FFN's bytes; lower it, or predictor.rank"
+            )
 
     def _documents(self, source: str, limit: int | None, window: int) -> data.Documents:
         texts = data.read_texts(source, self.recipe.data.text_field)

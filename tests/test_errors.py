@@ -133,3 +133,14 @@ def test_half_written_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "not written to its end" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "sparse"), "--prompt", "x"]) == 1
     assert "not written to its end" in capsys.readouterr().err
+
+
+def test_combinations_are_checked_before_weights_load(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+    settings["predictor"]["rank"] = 33
+    assert "rank 33 is above the hidden size 32" in fails(tmp_path, settings, capsys)
+    settings["predictor"]["rank"] = 32
+    settings["calibrate"]["bytes_skipped"] = 0.9
+    assert "the predictors alone are" in fails(tmp_path, settings, capsys)

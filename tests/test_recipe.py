@@ -39,7 +39,7 @@ def test_there_are_recipes() -> None:
         ("model: m\nfinetune: {tokens: 100}", "less than one step"),
         ("model: m\nfinetune: {kl_weight: 0, lm_weight: 0}", "nothing to train"),
         ("model: m\nsparsifier: {name: thresold}", "did you mean 'threshold'"),
-        ("model: m\ntarget_sparsity: 0.3\ncalibrate: {bytes_skipped: 0.5}", "cannot be reached"),
+        ("model: m\ncontrol: {learning_rates: [1.0e-4, 0.0001]}", "holds one twice"),
         ("model: m\nanalyze: {sparsities: [1.5]}", "between 0 and 1"),
         ("model: m\nbench: {rounds: 2}", "greater than or equal to 5"),
         ("- a list", "must be a mapping"),

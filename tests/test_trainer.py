@@ -157,3 +157,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
         trainer.model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(MoyuError, match="the loss is nan at step 0"):
         trainer.train()
+
+
+def test_sparsify_works_with_a_plain_trainer(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    from moyu_train import load_recipe, sparsify
+    from moyu_train.data import Documents
+
+    model = tiny_model()
+    recipe = load_recipe("tiny", ["--target_sparsity", "0.7"])
+    control = sparsify(model, recipe, Documents([WINDOWS.flatten()]))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no"
+    )
+    Trainer(model=model, args=arguments, train_dataset=Windows(WINDOWS), callbacks=[control]).train()
+    assert control.metrics()["sparsity"] == pytest.approx(0.7, abs=0.05)
+    masked = model(WINDOWS[:1]).logits
+    control.remove()
+    assert not torch.allclose(model(WINDOWS[:1]).logits, masked)

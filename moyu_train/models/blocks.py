@@ -158,9 +158,5 @@ def ffn_bytes(block: FFNBlock, itemsize: int) -> int:
     return matrices * block.hidden * block.neurons * itemsize
 
 
-def total_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
@@ -119,8 +118,8 @@ def load_dense(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def parameter_count(path: str | Path) -> tuple[int, Any]:
-    """Parameters of a model without loading it, and its config."""
+def skeleton(path: str | Path) -> Any:
+    """A model on the meta device: its structure and sizes without its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from moyu_train.models.blocks import ACTIVATION_FIELDS, clear_marker
@@ -130,10 +129,9 @@ def parameter_count(path: str | Path) -> tuple[int, Any]:
         if any(str(getattr(config, name, "")).startswith("moyu:") for name in ACTIVATION_FIELDS):
             clear_marker(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
-    return sum(p.numel() for p in model.parameters()), config
 
 
 def check_memory(needed: int, what: str, change: str) -> None:
@@ -152,13 +150,10 @@ def check_memory(needed: int, what: str, change: str) -> None:
         )
 
 
-def training_bytes(parameters: int, config: Any, tokens_per_micro_batch: int, parent: bool) -> int:
+def training_bytes(model: Any, tokens_per_micro_batch: int, parent: bool) -> int:
     """Bytes of full fine-tuning with AdamW in fp32: weights, gradients, moments, parent, activations, logits."""
-    text = config.get_text_config()
+    parameters = sum(p.numel() for p in model.parameters())
+    text = model.config.get_text_config()
     widths = 14 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     activations = tokens_per_micro_batch * (text.num_hidden_layers * widths + 5 * text.vocab_size) * 4
     return parameters * 4 * (5 if parent else 4) + activations
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    return model.eval().requires_grad_(False)

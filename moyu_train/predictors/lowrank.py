@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
+
 
 class LowRank:
     """Predictor of one layer. Sums are fp32 on the model's device; the solution is fp64."""
@@ -24,8 +26,6 @@ class LowRank:
         ridge: float = Field(0.1, gt=0, description="relative to the mean square of x")
 
     def __init__(self, options: Options, hidden: int, neurons: int, device: torch.device) -> None:
-        if options.rank > hidden:
-            raise ValueError(f"predictor.rank {options.rank} is above the hidden size {hidden}; lower it")
         self.options = options
         self.sums = {
             "xx": torch.zeros(hidden, hidden, device=device),
@@ -34,6 +34,16 @@ class LowRank:
             "y": torch.zeros(neurons, device=device),
             "n": torch.zeros((), device=device),
         }
+
+    @classmethod
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+        """Bytes that a decode step will read of a layer's predictor.
+
+        Raises: MoyuError for a rank above the hidden size.
+        """
+        if options.rank > hidden:
+            raise MoyuError(f"predictor.rank {options.rank} is above the hidden size {hidden}; lower it")
+        return options.rank * (hidden + neurons) + 4 * (options.rank + 2 * neurons)
 
     def observe(self, x: Tensor, contribution: Tensor) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""

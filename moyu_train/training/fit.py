@@ -31,8 +31,8 @@ class PredictorTrainer:
         unsupported = {block.layout for block in self.blocks if block.layout != "gated"}
         if unsupported:
             raise MoyuError(
-                f"predictors are fitted for gated FFN blocks, this model has {', '.join(sorted(unsupported))} blocks; "
-                "export it without a predictor (moyu export without moyu fit-predictors)"
+                f"predictors are fitted for gated FFN blocks so far, this model has {', '.join(sorted(unsupported))} "
+                "ones; its rule can be exported without them from Python: moyu_train.checkpoints.export.export"
             )
         self.norms = [block.down_norms() for block in self.blocks]
         device = device_of(model)

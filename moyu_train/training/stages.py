@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from moyu_train.checkpoints.export import ffn_sha256
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
+from moyu_train.files import write_json
 from moyu_train.models.loading import check_memory, load_dense, training_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.predictors.lowrank import stored_bytes
@@ -37,7 +38,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def write(folder: Path, thresholds: list[Tensor], predictors: list[dict[str, Tensor]]) -> None:
-    save_file(thresholds_to_tensors(thresholds) | predictors_to_tensors(predictors), folder / STATE)
+    if PartialState().is_main_process:
+        save_file(thresholds_to_tensors(thresholds) | predictors_to_tensors(predictors), folder / STATE)
 
 
 def read(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -175,15 +177,19 @@ def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
     return _in_loop(run, folder, run.stage_folder("fit-predictors"), model)
 
 
+def _check_memory(run: "Run", parent: bool) -> None:
+    settings = run.recipe.finetune
+    needed = training_bytes(run.skeleton, settings.batch * settings.window, parent)
+    check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
+
+
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     """Fine-tune under the very mask that the export decodes with: the rule and the predictors together.
 
     The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    parameters, config = run.parameters
-    needed = training_bytes(parameters, config, settings.batch * settings.window, settings.kl_weight > 0)
-    check_memory(needed, "finetune", "finetune.batch, finetune.window or choose a smaller model")
+    _check_memory(run, parent=settings.kl_weight > 0)
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
     model = run.dense()
@@ -223,6 +229,7 @@ def _check_weights(run: "Run", stage: str, model: Any) -> None:
 def control(run: "Run", folder: Path) -> dict[str, Any]:
     """The dense control: same data, order, tokens and optimizer, LM loss, no mask, best learning rate on validation."""
     recipe, settings = run.recipe, run.recipe.finetune
+    _check_memory(run, parent=False)
     tried: dict[str, float] = {}
     for rate in recipe.control.learning_rates:
         place = folder / f"lr-{rate:g}"
@@ -235,7 +242,8 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
             if PartialState().is_main_process:
                 model.save_pretrained(place / "model")
                 shutil.rmtree(place / "checkpoints", ignore_errors=True)
-                done.write_text(json.dumps(perplexity))
+                write_json(done, perplexity)
+            PartialState().wait_for_everyone()
             del model
             gc.collect()
         tried[f"{rate:g}"] = json.loads(done.read_text())

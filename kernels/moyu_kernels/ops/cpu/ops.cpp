@@ -26,7 +26,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t BLOCK = 128;         // most neurons of one range
 constexpr int64_t MAX_ROWS = 8;        // tokens of one call: one bit each in a byte of the mask
-constexpr int GROUP = 4;               // down rows added in one pass over the accumulator
+constexpr int GROUP = 8;               // down rows added in one pass over the accumulator
 constexpr int64_t CHUNK = 1 << 14;     // bytes of weights that a thread claims at once in linear
 constexpr int64_t LOOKAHEAD = 1 << 13; // bytes of gate, and of up, that are fetched before their use
 
@@ -505,10 +505,15 @@ void attend_head(const W* k, const W* v, const float* q, const uint8_t* mask, in
       top = std::max(top, scores[p + m]);
     });
   float total = 0.0f;
-  for (int64_t p = first; p < last; ++p) total += scores[p] = std::exp(scores[p] - top);
-  for (int64_t p = first; p < last; ++p) scores[p] /= total;
   int64_t p = first;
-  for (; p + 4 <= last; p += 4) add_rows(acc, scores + p, rows_from<4>(v, d, p, last), d);
+  for (; p + LANES <= last; p += LANES) {
+    const Vec e = exp_negative(load(scores + p) - top);
+    store(scores + p, e);
+    total += sum(e);
+  }
+  for (; p < last; ++p) total += scores[p] = std::exp(scores[p] - top);
+  for (p = first; p < last; ++p) scores[p] /= total;
+  for (p = first; p + 4 <= last; p += 4) add_rows(acc, scores + p, rows_from<4>(v, d, p, last), d);
   for (; p < last; ++p) add_rows(acc, scores + p, rows_from<1>(v, d, p, last), d);
 }
 

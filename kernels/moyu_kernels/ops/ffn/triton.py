@@ -64,7 +64,7 @@ def plan(
     launches = []
     if predictor:
         w1, s1, *_ = predictor
-        constants = {"N": n, "COLUMNS": min(2048, triton.next_power_of_2(d))}
+        constants = {"N": n, "COLUMNS": min(2048, max(2, triton.next_power_of_2(d)))}
         launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), constants, options))
     score = (hidden, *predictor[2:]) if predictor else (None,) * 4
     constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns}

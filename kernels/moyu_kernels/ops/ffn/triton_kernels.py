@@ -51,14 +51,14 @@ def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLU
     x `[N, D]`; w1 `[R, D]` int8; s1 `[R]` fp32. Out: hidden `[N, R]` fp32.
     """
     r = tl.program_id(0).to(tl.int64)
-    acc = _zeros(N, 1, COLUMNS)
+    acc = _zeros(N, 1, COLUMNS // 2)
     for start in range(0, D, COLUMNS):
         d = start + tl.arange(0, COLUMNS)[None, :]
-        w = tl.load(w1_ptr + r * D + d, mask=d < D, other=0).to(tl.float32)
+        w0, w1 = _halves(tl.load(w1_ptr + r * D + d, mask=d < D, other=0).to(tl.float32))
         new = ()
         for n in tl.static_range(N):
-            x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
-            new += (tl.fma(w, x, acc[n]),)
+            x0, x1 = _halves(tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32))
+            new += (tl.fma(w1, x1, tl.fma(w0, x0, acc[n])),)
         acc = new
     scale = tl.load(s1_ptr + r)
     for n in tl.static_range(N):

@@ -1,0 +1,23 @@
+"""For users of another trainer: put a recipe's rule on a live model."""
+
+from typing import Any
+
+from moyu_train.data import Documents
+from moyu_train.recipe import Recipe
+from moyu_train.registry import resolve
+from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.control import SparsityControl
+from moyu_train.training.rule import calibrate_rule
+
+
+def sparsify(model: Any, recipe: Recipe, documents: Documents) -> SparsityControl:
+    """Calibrate the recipe's rule on text and put it on `model`, whose config gets the marker.
+
+    Returns: a TrainerCallback that holds the density at `1 - recipe.target_sparsity`; add it to a transformers or TRL
+        trainer. `.metrics()` gives target and achieved, `.save(folder)` and `.load(folder)` its state, `.remove()`
+        takes the masks off.
+    """
+    cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    density = 1 - recipe.target_sparsity
+    rule = calibrate_rule(model, cls, options, density, documents, recipe.calibrate.tokens, passes=2)
+    return SparsityControl(model, rule, density)
