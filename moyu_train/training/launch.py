@@ -9,7 +9,7 @@ from moyu_train.errors import MoyuError
 
 
 def start_processes() -> PartialState:
-    """Join the processes of this launch; without a GPU they talk over gloo.
+    """Join the processes of this launch; without a GPU they talk over gloo, which accelerate has to be told twice.
 
     Raises: MoyuError where a launcher started more processes than accelerate joined (then each would train alone), or
         asked for an engine that accelerate quietly replaces on this machine.
@@ -24,7 +24,7 @@ def start_processes() -> PartialState:
                 )
         if wanted > 1:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available() and wanted > 1)
     if state.num_processes != wanted:
         raise MoyuError(
             f"the launcher started {wanted} processes and accelerate joined {state.num_processes} "
