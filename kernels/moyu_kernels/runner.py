@@ -1,22 +1,21 @@
 """Decodes with a transformers causal LM, sparse or dense, at little more cost per token than reading its weights.
 
-The single-token step is compiled as one graph over a static cache, with the native ops in it: linear layers and
-attention are swapped for the `moyu` ops on the same parameters. Layers that repeat share one compiled region.
+The single-token step is compiled as one graph over a static cache (compiled.py), with the native ops in it: linear
+layers and attention are swapped for the `moyu` ops on the same parameters.
 """
 
 import time
 from collections.abc import Iterator
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .compiled import CompiledStep
 from .modules import MAX_ROWS, Linear, SparseGatedFFN
 from .ops import cpu
 
 ATTENTION = "moyu"
-_counter = iter(range(2**62))
 
 
 class Runner:
@@ -46,7 +45,7 @@ class Runner:
         self._sparse = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._attention = model.config._attn_implementation
-        self._steps: dict[Any, Any] = {}
+        self._steps: dict[Any, CompiledStep] = {}
         if self.device.type == "cpu":
             self._swap()
         self.cache = StaticCache(config=model.config, max_cache_len=max_length)
@@ -132,30 +131,11 @@ class Runner:
         self._advance(1)
         if not self._compile:
             return _step(self.model, self.cache, ids)
-        # The compiled step has no guards, so what they would have watched is part of the key.
+        # A compiled step has no guards, so what they would have watched is part of the key.
         key = (torch.get_num_threads(), *((module.mode, module.backend) for module in self._sparse))
-        if key in self._steps:
-            return self._steps[key](self.model, self.cache, ids)
-        self._steps[key] = self._compiled()
-        layers = _repeated(self.model)
-        shared = _shared_regions(layers)
-        try:
-            for layer in layers:
-                layer.forward = MethodType(shared[type(layer)], layer)
-            return self._steps[key](self.model, self.cache, ids)
-        finally:
-            for layer in layers:
-                del layer.forward
-
-    def _compiled(self) -> Any:
-        from transformers.cache_utils import StaticLayer
-
-        # A function of its own for each graph: torch.compile keeps its results with the code object.
-        code = _step.__code__.replace(co_name=f"step_{next(_counter)}")
-        # Other kinds of cache layer keep plain numbers that change from step to step, and need their guards.
-        plain = all(type(layer) is StaticLayer for layer in self.cache.layers)
-        options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)} if plain else {}
-        return torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=False, options=options)
+        if key not in self._steps:
+            self._steps[key] = CompiledStep(_step, self.model, self.cache)
+        return self._steps[key](ids)
 
     def generate(
         self,
@@ -197,25 +177,6 @@ class Runner:
 
 def _step(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
-
-
-def _repeated(model: nn.Module) -> list[Any]:
-    """The decoder layers: the children of the longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    longest = max(lists, key=len, default=())
-    return [layer for layer in longest if "forward" not in vars(layer)]
-
-
-def _shared_regions(layers: list[nn.Module]) -> dict[type, Any]:
-    """For each class of layer its `forward`, marked so that equal layers are compiled once and not one by one."""
-    regions = {}
-    for cls in {type(layer) for layer in layers}:
-        # Marking sets attributes on the function, so a copy is marked, not the class's own.
-        stock: Any = cls.forward
-        copy = FunctionType(stock.__code__, stock.__globals__, stock.__name__, stock.__defaults__, stock.__closure__)
-        copy.__kwdefaults__ = stock.__kwdefaults__
-        regions[cls] = torch.compiler.nested_compile_region(copy)
-    return regions
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

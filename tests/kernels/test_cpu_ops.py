@@ -158,6 +158,17 @@ def test_linear(dtype: torch.dtype, bias: bool) -> None:
             assert torch.equal(cpu.linear(x[:rows], weight, b), y[:rows])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_equal_linear_bitwise(bias: bool) -> None:
+    x = torch.randn(3, 65, dtype=torch.bfloat16)
+    weights = [torch.randn(outputs, 65, dtype=torch.bfloat16) for outputs in (40, 1, 200)]
+    biases = [torch.randn(len(weight), dtype=torch.bfloat16) for weight in weights] if bias else []
+    y = cpu.linears(x, weights, biases)
+    alone = [cpu.linear(x, weight, biases[i] if bias else None) for i, weight in enumerate(weights)]
+    assert torch.equal(y, torch.cat(alone, dim=1))
+    torch.library.opcheck(torch.ops.moyu.linears.default, (x, weights, biases))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 9, 3, 64, 200), (2, 4, 4, 37, 33), (3, 2, 1, 8, 5)])
 def test_attend(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> None:
@@ -198,6 +209,8 @@ def test_bad_arguments_are_refused() -> None:
         cpu.linear(x[:, :64], gate)
     with pytest.raises(RuntimeError, match="bias is bfloat16, expected float32"):
         cpu.linear(x, gate, threshold.bfloat16())
+    with pytest.raises(RuntimeError, match="2 weights and 1 biases given"):
+        cpu.linears(x, [gate, up], [threshold])
     with pytest.raises(RuntimeError, match=r"mask is float32 \[1, 1, 1, 5\], expected bool"):
         cpu.attend(torch.zeros(1, 2, 1, 4), *[torch.zeros(1, 2, 5, 4)] * 2, torch.ones(1, 1, 1, 5), 1.0)
     with pytest.raises(RuntimeError, match=r"expected \[B, H, 1, D\]"):

@@ -1,4 +1,4 @@
-"""Native CPU ops: `moyu::gated_ffn`, `moyu::linear`, `moyu::attend` and the bandwidth yardstick `moyu::read_sum`.
+"""Native CPU ops: `moyu::gated_ffn`, `moyu::linear(s)`, `moyu::attend` and the bandwidth yardstick `moyu::read_sum`.
 
 Importing this module declares the ops and their fake versions; `load()` compiles and registers the kernels.
 """
@@ -24,6 +24,7 @@ _library.define(
     " -> (Tensor, Tensor)"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 _library.define("read_sum(Tensor buffer) -> Tensor")
 
@@ -38,6 +39,11 @@ def _(
 @torch.library.register_fake("moyu::linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.register_fake("moyu::linears")
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
 
 
 @torch.library.register_fake("moyu::attend")
@@ -60,6 +66,7 @@ def load() -> bool:
         logger.warning("moyu: the CPU kernels are not available, decoding falls back to plain PyTorch: %s", error)
         _library.impl("gated_ffn", naive.gated_ffn, "CPU")
         _library.impl("linear", functional.linear, "CPU")
+        _library.impl("linears", _linears, "CPU")
         _library.impl("attend", _attend, "CPU")
         _library.impl("read_sum", lambda buffer: buffer.sum(dtype=torch.int32), "CPU")
         return False
@@ -68,6 +75,10 @@ def load() -> bool:
 def status() -> str:
     """Which CPU kernels run here, in a few words; compiles them at first use."""
     return "native, compiled for this machine" if load() else "plain PyTorch (the native kernels could not be built)"
+
+
+def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    return functional.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -104,6 +115,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     load()
     return torch.ops.moyu.linear.default(x, weight, bias)
+
+
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+    """Several linear layers on one input, their outputs side by side, each bitwise what `linear` gives.
+
+    Args: x `[N, D]`, weights each `[outputs, D]`, biases one each or `[]`; as in `linear`.
+    Returns: `[N, sum of outputs]` of x's dtype.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.linears.default(x, weights, biases)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

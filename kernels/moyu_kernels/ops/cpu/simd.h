@@ -180,15 +180,18 @@ inline void dots(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t stride,
     Vec total[M];
     float sums[M];
     for (int m = 0; m < M; ++m) total[m] = even[m][r] + odd[m][r];
-    if constexpr (M == 4) sum_four(total, sums);
-    else for (int m = 0; m < M; ++m) sums[m] = sum(total[m]);
+    if constexpr (M == 4)
+      sum_four(total, sums);
+    else
+      for (int m = 0; m < M; ++m) sums[m] = sum(total[m]);
     for (int m = 0; m < M; ++m) out[m][r] = sums[m];
   }
 }
 
 // The same for any number of input rows: out(m, row, value). The weights come from the cache after the first tile.
 template <class W, int M, int A, class Out>
-inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t rows, int64_t stride, int64_t d, Out out) {
+inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t rows, int64_t stride, int64_t d,
+                       Out out) {
   int64_t row = 0;
   const auto tile = [&](auto size) {
     constexpr int R = decltype(size)::value;
@@ -219,8 +222,7 @@ inline void add_rows(float* acc, const float* a, Rows<W, M> w, int64_t d) {
     store(acc + i + LANES, u);
   };
   int64_t i = 0;
-  for (; i + STEP <= d; i += STEP)
-    step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
+  for (; i + STEP <= d; i += STEP) step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
   if (i < d) step(i, [&](const W* p, Vec& first, Vec& second) { load_tail(p, d - i, first, second); });
 }
 

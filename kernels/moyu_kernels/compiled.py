@@ -1,0 +1,139 @@
+"""The compiled single-token step: one graph, little cost of its own.
+
+Three things keep it fast to make and to run. Layers that repeat are compiled once. Linear layers that read the same
+input (q, k and v; gate and up) become one call. And once compiled, the graph is called directly: all its inputs but the
+token are the model's own tensors, the same in every step.
+"""
+
+import operator
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+_counter = iter(range(2**62))
+
+
+class CompiledStep:
+    """`step(ids) -> logits [batch, V]` for a model and its static cache, compiled in the first call.
+
+    It keeps the tensors that the model had then: changes in place are seen, tensors that replace them are not.
+
+    Args: forward: `forward(model, cache, ids) -> logits`, a plain function. `cache` must have been used once.
+    """
+
+    def __init__(self, forward: Callable[[Any, Any, Tensor], Tensor], model: Any, cache: Any) -> None:
+        from transformers.cache_utils import StaticLayer
+
+        self._model, self._cache = model, cache
+        # Other kinds of cache layer keep plain numbers that change from step to step, and need dynamo's guards.
+        self._direct = all(type(layer) is StaticLayer for layer in cache.layers)
+        self._graph: Any = None
+        self._inputs: list[Any] = []
+        # A function of its own for each graph: torch.compile keeps its results with the code object.
+        code = forward.__code__.replace(co_name=f"step_{next(_counter)}")
+        options = {"guard_filter_fn": lambda guards: [False] * len(guards)} if self._direct else {}
+        self._compiled = torch.compile(
+            FunctionType(code, forward.__globals__),
+            fullgraph=True,
+            dynamic=False,
+            backend=self._backend,
+            options=options,
+        )
+        self._replay: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self._replay is not None:
+            return self._replay(ids)
+        if self._graph is not None:
+            return self._compiled(self._model, self._cache, ids)
+        layers = _repeated(self._model)
+        shared = _shared_regions(layers)
+        try:
+            for layer in layers:
+                layer.forward = MethodType(shared[type(layer)], layer)
+            logits = self._compiled(self._model, self._cache, ids)
+        finally:
+            for layer in layers:
+                del layer.forward
+        if self._direct:
+            self._replay = self._direct_call(ids, logits)
+        self._inputs, self._outputs = [], ()
+        return logits
+
+    def _backend(self, graph: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        for module in graph.modules():
+            if isinstance(module, fx.GraphModule):
+                _merge_linears(module)
+        compiled = compile_fx(graph, inputs, config_patches={"size_asserts": False})
+
+        def first(*args: Any) -> Any:
+            outputs = compiled(*args)
+            self._inputs, self._outputs = list(args), outputs
+            return outputs
+
+        self._graph = compiled
+        return first
+
+    def _direct_call(self, ids: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The graph without dynamo around it, where what goes in and comes out can be told."""
+        places = [i for i, value in enumerate(self._inputs) if value is ids]
+        results = [i for i, value in enumerate(self._outputs) if value is logits]
+        if len(places) != 1 or len(results) != 1:
+            return None
+        graph, inputs, place, result = self._graph, self._inputs, places[0], results[0]
+
+        def call(ids: Tensor) -> Tensor:
+            inputs[place] = ids
+            return graph(*inputs)[result]
+
+        return call
+
+
+def _repeated(model: nn.Module) -> list[Any]:
+    """The decoder layers: the children of the longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    longest = max(lists, key=len, default=())
+    return [layer for layer in longest if "forward" not in vars(layer)]
+
+
+def _shared_regions(layers: list[nn.Module]) -> dict[type, Any]:
+    """For each class of layer its `forward`, marked so that equal layers are compiled once and not one by one."""
+    regions = {}
+    for cls in {type(layer) for layer in layers}:
+        # Marking sets attributes on the function, so a copy is marked, not the class's own.
+        stock: Any = cls.forward
+        copy = FunctionType(stock.__code__, stock.__globals__, stock.__name__, stock.__defaults__, stock.__closure__)
+        copy.__kwdefaults__ = stock.__kwdefaults__
+        regions[cls] = torch.compiler.nested_compile_region(copy)
+    return regions
+
+
+def _merge_linears(module: fx.GraphModule) -> None:
+    """Make one `moyu::linears` of all `moyu::linear` that read the same input, which gives the same numbers."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.moyu.linear.default):
+        x, weight, bias = node.args
+        if all(value is None or value.op in ("placeholder", "get_attr") for value in (weight, bias)):
+            # Each layer reshapes its input anew: the reshape's own arguments tell what is read.
+            source = (x.target, x.args) if x.op == "call_method" and x.target == "reshape" else (x, ())
+            groups.setdefault((*source, bias is None), []).append(node)
+    for nodes in groups.values():
+        if len(nodes) < 2:
+            continue
+        weights = [node.args[1] for node in nodes]
+        biases = [node.args[2] for node in nodes if node.args[2] is not None]
+        with module.graph.inserting_before(nodes[0]):
+            arguments = (nodes[0].args[0], weights, biases)
+            merged = module.graph.call_function(torch.ops.moyu.linears.default, arguments)
+            sizes = [weight.meta["example_value"].shape[0] for weight in weights]
+            parts = module.graph.call_function(torch.split, (merged, sizes, 1))
+            for index, node in enumerate(nodes):
+                node.replace_all_uses_with(module.graph.call_function(operator.getitem, (parts, index)))
+        for node in nodes:
+            module.graph.erase_node(node)
+    module.recompile()

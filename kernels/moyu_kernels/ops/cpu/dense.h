@@ -1,0 +1,103 @@
+// Linear layers and attention for a few tokens.
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace moyu {
+
+constexpr int64_t CHUNK = 1 << 14;  // bytes of weights that a thread claims at once
+
+// Several layers on one input: y [N, all outputs] holds theirs side by side.
+template <class W>
+void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Tensor& y) {
+  const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), width = y.size(1);
+  static thread_local std::vector<float> scratch;
+  scratch.resize(rows * stride);
+  float* wide = scratch.data();
+  widen_input<W>(x, wide, stride);
+  struct Range {
+    const W *weight, *bias;
+    W* out;
+    int64_t count;
+  };
+  static thread_local std::vector<Range> ranges;
+  ranges.clear();
+  const int64_t step = std::max<int64_t>(1, CHUNK / (d * static_cast<int64_t>(sizeof(W))));
+  W* out = data<W>(y);
+  for (size_t layer = 0; layer < weights.size(); ++layer) {
+    const W* weight = data<const W>(weights[layer]);
+    const W* bias = biases.empty() ? nullptr : data<const W>(biases[layer]);
+    const int64_t outputs = weights[layer].size(0);
+    for (int64_t row = 0; row < outputs; row += step)
+      ranges.push_back({weight + row * d, bias ? bias + row : nullptr, out + row, std::min(step, outputs - row)});
+    out += outputs;
+  }
+  const Range* all = ranges.data();
+  for_ranges(ranges.size(), [&](int64_t i) {
+    const Range& range = all[i];
+    for (int64_t row = 0; row < range.count; ++row)
+      dots_tiled(Rows<W, 1>{{range.weight + row * d}}, Rows<W, 0>(), wide, rows, stride, d,
+                 [&](int, int64_t n, float value) {
+                   const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
+                   range.out[n * width + row] = static_cast<W>(sum);
+                 });
+  });
+}
+
+// One query head against the positions first .. last of its key and value rows [positions, d].
+template <class W>
+void attend_head(const W* k, const W* v, const float* q, const uint8_t* mask, int64_t first, int64_t last, int64_t d,
+                 float scale, float* scores, float* acc) {
+  float top = -INFINITY;
+  for (int64_t p = first; p < last; p += 4)
+    dots_tiled(rows_from<4>(k, d, p, last), Rows<W, 0>(), q, 1, 0, d, [&](int m, int64_t, float value) {
+      if (p + m >= last) return;
+      scores[p + m] = mask[p + m] ? value * scale : -INFINITY;
+      top = std::max(top, scores[p + m]);
+    });
+  float total = 0.0f;
+  int64_t p = first;
+  for (; p + LANES <= last; p += LANES) {
+    const Vec e = exp_negative(load(scores + p) - top);
+    store(scores + p, e);
+    total += sum(e);
+  }
+  for (; p < last; ++p) total += scores[p] = std::exp(scores[p] - top);
+  for (p = first; p < last; ++p) scores[p] /= total;
+  for (p = first; p + 4 <= last; p += 4) add_rows(acc, scores + p, rows_from<4>(v, d, p, last), d);
+  for (; p < last; ++p) add_rows(acc, scores + p, rows_from<1>(v, d, p, last), d);
+}
+
+template <class W>
+void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, float scale, Tensor& y) {
+  const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), stride = padded(d);
+  const int64_t groups = heads / k.size(1), positions = k.size(2);
+  const int64_t mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
+  static thread_local std::vector<float> scratch;
+  scratch.resize(batch * heads * (2 * stride + positions));
+  float *wide = scratch.data(), *acc = wide + batch * heads * stride, *scores = acc + batch * heads * stride;
+  std::fill(wide, scores, 0.0f);
+  const W* query = data<const W>(q);
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = 0; i < d; ++i)
+        wide[(b * heads + h) * stride + place<W>(i)] =
+            static_cast<float>(query[b * q.stride(0) + h * q.stride(1) + i * q.stride(3)]);
+  const W *keys = data<const W>(k), *values = data<const W>(v);
+  W* out = data<W>(y);
+  for_ranges(batch * heads, [&](int64_t item) {
+    const int64_t row = item / groups * positions * d;
+    const uint8_t* seen = data<const uint8_t>(mask) + item / heads * mask_stride;
+    int64_t first = 0, last = positions;
+    while (first < last && !seen[first]) ++first;
+    while (first < last && !seen[last - 1]) --last;
+    float* sum = acc + item * stride;
+    attend_head(keys + row, values + row, wide + item * stride, seen, first, last, d, scale, scores + item * positions,
+                sum);
+    for (int64_t i = 0; i < d; ++i) out[item * d + i] = static_cast<W>(sum[place<W>(i)]);
+  });
+}
+
+}  // namespace moyu

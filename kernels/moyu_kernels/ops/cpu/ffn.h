@@ -1,0 +1,264 @@
+// The gated FFN that reads only the rows of neurons in use.
+//
+// Neurons are cut into fixed ranges that the threads claim. A range writes its own fp32 partial sum, and the partial
+// sums are added in the order of ranges: the result is the same with any number of threads.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include "common.h"
+
+namespace moyu {
+
+constexpr int64_t BLOCK = 128;          // most neurons of one range
+constexpr int GROUP = 8;                // down rows added in one pass over the accumulator
+constexpr int64_t LOOKAHEAD = 1 << 14;  // bytes of gate, and of up, that are fetched before their use
+
+enum class Act { silu, relu, gelu, gelu_tanh };
+
+Act parse_act(const std::string& name) {
+  if (name == "silu") return Act::silu;
+  if (name == "relu") return Act::relu;
+  if (name == "gelu") return Act::gelu;
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  REQUIRE(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
+}
+
+inline float activate(Act act, float g) {
+  switch (act) {
+    case Act::silu: return g / (1.0f + std::exp(-g));
+    case Act::relu: return g > 0.0f ? g : 0.0f;
+    case Act::gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
+    default: return 0.5f * g * (1.0f + std::tanh(0.79788456f * (g + 0.044715f * g * g * g)));
+  }
+}
+
+struct Predictor {
+  const int8_t *w1, *w2;
+  const float *s1, *s2, *bias;
+  int64_t rank;
+};
+
+// The neurons of one range that some row uses: bit n of mask[j] stands for row n, list holds the j with any bit set.
+struct Selection {
+  int64_t first = 0, size = 0, found = 0;
+  uint8_t mask[BLOCK];
+  int64_t list[BLOCK];
+
+  void compact() {
+    found = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      list[found] = j;
+      found += mask[j] != 0;
+    }
+  }
+
+  // Sets counts[2 * row] to the neurons of each row.
+  void count(int64_t rows, int32_t* counts) const {
+    for (int64_t n = 0; n < rows; ++n) {
+      int32_t total = 0;
+      for (int64_t j = 0; j < size; ++j) total += (mask[j] >> n) & 1;
+      counts[2 * n] = total;
+    }
+  }
+};
+
+template <class W>
+struct Ffn {
+  const W *gate, *up, *down;
+  const float *threshold, *x, *hidden;
+  std::optional<Predictor> predictor;
+  Act act;
+  int64_t rows, d, neurons, stride, hidden_stride, block;
+
+  // Rows r .. end of the predictor's first matrix: writes them to `out` [rows, hidden_stride]. plain: x in plain order.
+  void hidden_rows(int64_t r, int64_t end, const float* plain, float* out) const {
+    for (; r < end; r += 4)
+      dots_tiled(rows_from<4>(predictor->w1, d, r, end), Rows<int8_t, 0>(), plain, rows, stride, d,
+                 [&](int m, int64_t n, float value) {
+                   const int64_t j = std::min(r + m, end - 1);
+                   out[n * hidden_stride + j] = value * predictor->s1[j];
+                 });
+  }
+
+  // The selected neurons of a range, all of them without a predictor; none of range -1.
+  void select(int64_t range, Selection& s) const {
+    s.first = std::max<int64_t>(range, 0) * block;
+    s.size = range < 0 ? 0 : std::min(block, neurons - s.first);
+    std::fill(s.mask, s.mask + s.size, predictor ? 0 : (1 << rows) - 1);
+    if (predictor) {
+      const int64_t end = s.first + s.size, rank = predictor->rank;
+      float scores[MAX_ROWS][BLOCK];
+      // Fetches the same rows of the next range, which is this thread's next one as a rule.
+      for (int64_t f = s.first; f < end; f += 4)
+        dots_tiled(rows_from<4>(predictor->w2, rank, f, end), rows_from<4>(predictor->w2, rank, f + block, neurons),
+                   hidden, rows, hidden_stride, rank,
+                   [&](int m, int64_t n, float value) { scores[n][f - s.first + m] = value; });
+      const float *s2 = predictor->s2 + s.first, *bias = predictor->bias + s.first;
+      for (int64_t n = 0; n < rows; ++n)
+        for (int64_t j = 0; j < s.size; ++j) s.mask[j] |= (scores[n][j] * s2[j] + bias[j] > 0.0f) << n;
+    }
+    s.compact();
+  }
+
+  // Neurons between the fetch of a gate and up row and its use.
+  int64_t distance() const { return std::max<int64_t>(2, LOOKAHEAD / (d * static_cast<int64_t>(sizeof(W)))); }
+
+  // Kept neurons whose down rows are on their way from memory, oldest first.
+  struct Kept {
+    static constexpr int64_t SIZE = 2 * GROUP;
+    int64_t begin = 0, end = 0;
+    const W* row[SIZE];
+    uint8_t mask[SIZE];
+    float* partial[SIZE];
+    float a[SIZE][MAX_ROWS];
+
+    const W* last_row(int64_t back) const { return row[(end - back) % SIZE]; }
+  };
+
+  // Computes the selected neurons of a range, sets its counts [rows, 2], and adds its kept down rows to its partial sum
+  // [rows, stride], the last of them only in a later call or `finish`. Fetches ahead: gate and up of the coming
+  // neurons, into the range `after`, and each down row as soon as its neuron is kept.
+  void run(Selection& s, const Selection& after, Kept& kept, float* partial, int32_t* counts) const {
+    std::fill(partial, partial + rows * stride, 0.0f);
+    s.count(rows, counts);
+    const int64_t lead = distance();
+    for (int64_t i = 0; i < s.found; ++i) {
+      const int64_t j = s.list[i], f = s.first + j, slot = kept.end % Kept::SIZE;
+      const auto later = [&](int64_t k) {
+        if (k < s.found) return s.first + s.list[k];
+        return k - s.found < after.found ? after.first + after.list[k - s.found] : f;
+      };
+      const W *nothing = gate + f * d, *newest = kept.end > kept.begin ? kept.last_row(1) : nothing;
+      const W* recent = kept.end - kept.begin > 2 ? kept.last_row(3) : nothing;
+      const int64_t far = later(i + lead) * d, near = later(i + lead / 2) * d;
+      // Everything twice: a fetch is dropped where the memory has no room for it just then.
+      const Rows<W, 6> ahead{{gate + far, up + far, gate + near, up + near, newest, recent}};
+      float gates[MAX_ROWS], ups[MAX_ROWS], *a = kept.a[slot];
+      dots_tiled(Rows<W, 2>{{gate + f * d, up + f * d}}, ahead, x, rows, stride, d,
+                 [&](int m, int64_t n, float value) { (m ? ups : gates)[n] = value; });
+      for (int64_t n = 0; n < rows; ++n) {
+        a[n] = activate(act, gates[n]) * ups[n];
+        if (!(std::fabs(a[n]) >= threshold[f] && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
+      }
+      if (!s.mask[j]) continue;
+      kept.row[slot] = down + f * d;
+      kept.mask[slot] = s.mask[j];
+      kept.partial[slot] = partial;
+      if (++kept.end - kept.begin == Kept::SIZE) add_group(kept);
+    }
+    s.count(rows, counts + 1);
+  }
+
+  void finish(Kept& kept) const {
+    while (kept.begin < kept.end) add_group(kept);
+  }
+
+  // Adds the oldest neurons, of one range, to the rows that keep them. A row's sum runs over its own neurons in order,
+  // whatever the other rows keep.
+  void add_group(Kept& kept) const {
+    float* partial = kept.partial[kept.begin % Kept::SIZE];
+    int64_t last = kept.begin + 1;
+    while (last < kept.end && last < kept.begin + GROUP && kept.partial[last % Kept::SIZE] == partial) ++last;
+    for (int64_t n = 0; n < rows; ++n) {
+      Rows<W, GROUP> w;
+      float a[GROUP];
+      int taken = 0;
+      for (int64_t k = kept.begin; k < last; ++k) {
+        if (!((kept.mask[k % Kept::SIZE] >> n) & 1)) continue;
+        w.row[taken] = kept.row[k % Kept::SIZE];
+        a[taken++] = kept.a[k % Kept::SIZE][n];
+      }
+      float* acc = partial + n * stride;
+      if (taken == GROUP) {
+        add_rows(acc, a, w, d);
+      } else {
+        for (int k = 0; k < taken; ++k) add_rows(acc, a + k, Rows<W, 1>{{w.row[k]}}, d);
+      }
+    }
+    kept.begin = last;
+  }
+};
+
+template <class W>
+void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& threshold,
+             Act act, const std::vector<Tensor>& predictor, Tensor& y, Tensor& counts) {
+  const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
+  const int64_t rank = predictor.empty() ? 0 : predictor[0].size(0), hidden_stride = padded(rank);
+  const int64_t block = neurons <= 4096 ? BLOCK / 2 : BLOCK;
+  const int64_t ranges = (neurons + block - 1) / block;
+  static thread_local std::vector<float> scratch;
+  static thread_local std::vector<int32_t> range_counts;
+  scratch.resize(rows * (2 * stride + hidden_stride + ranges * stride));
+  range_counts.resize(ranges * rows * 2);
+  float *wide = scratch.data(), *plain = wide + rows * stride, *hidden = plain + rows * stride,
+        *partial = hidden + rows * hidden_stride;
+  int32_t* tally = range_counts.data();
+  widen_input<W>(x, wide, stride);
+
+  Ffn<W> ffn{data<const W>(gate),
+             data<const W>(up),
+             data<const W>(down),
+             data<const float>(threshold),
+             wide,
+             hidden,
+             std::nullopt,
+             act,
+             rows,
+             d,
+             neurons,
+             stride,
+             hidden_stride,
+             block};
+  if (rank > 0) {
+    ffn.predictor =
+        Predictor{data<const int8_t>(predictor[0]), data<const int8_t>(predictor[2]), data<const float>(predictor[1]),
+                  data<const float>(predictor[3]),  data<const float>(predictor[4]),  rank};
+    widen_input<W, int8_t>(x, plain, stride);
+    std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
+  }
+  constexpr int64_t PART = 16;  // rows of the predictor's first matrix that a thread claims at once
+  const int64_t parts = (rank + PART - 1) / PART;
+  Claims claims(ranges), part_claims(parts);
+  std::atomic<int64_t> parts_done{0};
+  claims.run([&](int64_t thread) {
+    Selection pair[2];
+    typename Ffn<W>::Kept kept;
+    int64_t range = claims.claim(thread);
+    if (rank > 0) {
+      for (int64_t part; (part = part_claims.claim(thread)) >= 0; parts_done.fetch_add(1, std::memory_order_release))
+        ffn.hidden_rows(part * PART, std::min(rank, (part + 1) * PART), plain, hidden);
+      // What is not done now is being done by a thread that runs: this cannot wait for ever.
+      for (int spins = 0; parts_done.load(std::memory_order_acquire) < parts; ++spins) pause(spins);
+    }
+    ffn.select(range, pair[0]);
+    for (int turn = 0; range >= 0; turn ^= 1) {
+      const int64_t after = claims.claim(thread);
+      ffn.select(after, pair[turn ^ 1]);
+      ffn.run(pair[turn], pair[turn ^ 1], kept, partial + range * rows * stride, tally + range * rows * 2);
+      range = after;
+    }
+    ffn.finish(kept);
+  });
+
+  W* out = data<W>(y);
+  int32_t* total = data<int32_t>(counts);
+  std::fill(total, total + rows * 2, 0);
+  for (int64_t i = 0; i < ranges * rows * 2; ++i) total[i % (rows * 2)] += tally[i];
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (ranges * STEP));
+  torch::stable::parallel_for(0, rows * stride / STEP, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t n = step * STEP / stride, i = step * STEP % stride;
+      float total[STEP] = {};
+      for (int64_t range = 0; range < ranges; ++range) {
+        if (!tally[(range * rows + n) * 2 + 1]) continue;
+        const float* part = partial + (range * rows + n) * stride + i;
+        for (int64_t k = 0; k < STEP; ++k) total[k] += part[k];
+      }
+      for (int64_t k = 0; k < std::min(STEP, d - i); ++k) out[n * d + i + k] = static_cast<W>(total[place<W>(k)]);
+    }
+  });
+}
+
+}  // namespace moyu
