@@ -32,9 +32,10 @@ class CompiledStep:
         self._direct = all(type(layer) is StaticLayer for layer in cache.layers)
         self._graph: Any = None
         self._inputs: list[Any] = []
+        self._outputs: Any = ()
         # A function of its own for each graph: torch.compile keeps its results with the code object.
         code = forward.__code__.replace(co_name=f"step_{next(_counter)}")
-        options = {"guard_filter_fn": lambda guards: [False] * len(guards)} if self._direct else {}
+        options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)} if self._direct else {}
         self._compiled = torch.compile(
             FunctionType(code, forward.__globals__),
             fullgraph=True,
@@ -69,7 +70,7 @@ class CompiledStep:
         for module in graph.modules():
             if isinstance(module, fx.GraphModule):
                 _merge_linears(module)
-        compiled = compile_fx(graph, inputs, config_patches={"size_asserts": False})
+        compiled: Any = compile_fx(graph, inputs, config_patches={"size_asserts": False})
 
         def first(*args: Any) -> Any:
             outputs = compiled(*args)
@@ -115,7 +116,8 @@ def _shared_regions(layers: list[nn.Module]) -> dict[type, Any]:
 
 def _merge_linears(module: fx.GraphModule) -> None:
     """Make one `moyu::linears` of all `moyu::linear` that read the same input, which gives the same numbers."""
-    groups: dict[Any, list[fx.Node]] = {}
+    groups: dict[Any, list[Any]] = {}
+    node: Any
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.moyu.linear.default):
         x, weight, bias = node.args
         if all(value is None or value.op in ("placeholder", "get_attr") for value in (weight, bias)):
