@@ -5,68 +5,89 @@ input (q, k and v; gate and up) become one call. And once compiled, the graph is
 token are the model's own tensors, the same in every step.
 """
 
+import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+logger = logging.getLogger(__name__)
+
 _counter = iter(range(2**62))
+
+
+class _LateReadError(Exception):
+    """The graph cannot have shared regions, see `_reads_late`."""
 
 
 class CompiledStep:
     """`step(ids) -> logits [batch, V]` for a model and its static cache, compiled in the first call.
 
-    It keeps the tensors that the model had then: changes in place are seen, tensors that replace them are not.
+    It keeps the tensors that the model had then: changes in place are seen, tensors that replace them are not. A model
+    that does not compile as one graph runs eagerly, and a warning says so.
 
     Args: forward: `forward(model, cache, ids) -> logits`, a plain function. `cache` must have been used once.
     """
 
     def __init__(self, forward: Callable[[Any, Any, Tensor], Tensor], model: Any, cache: Any) -> None:
-        from transformers.cache_utils import StaticLayer
-
-        self._model, self._cache = model, cache
-        # Other kinds of cache layer keep plain numbers that change from step to step, and need dynamo's guards.
-        self._direct = all(type(layer) is StaticLayer for layer in cache.layers)
+        self._forward, self._model, self._cache = forward, model, cache
         self._graph: Any = None
         self._inputs: list[Any] = []
-        self._outputs: Any = ()
+        self._outputs: Sequence[Any] = ()
+        self._call: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        if self._call is not None:
+            return self._call(ids)
+        from torch._dynamo.exc import TorchDynamoException
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+        from transformers.cache_utils import StaticLayer
+
+        # Other kinds of cache layer keep Python values that change, which dynamo's guards would have to watch.
+        plain = all(type(layer) is StaticLayer for layer in self._cache.layers)
+        reason = "its cache has layers that are no StaticLayer"
+        for layers in (_repeated(self._model), []) if plain else ():
+            try:
+                logits, self._call = self._compile(ids, layers)
+                return logits
+            except (TorchDynamoException, GuardOnDataDependentSymNode) as error:
+                reason = str(error).strip().splitlines()[0]
+        logger.warning("moyu: %s does not compile, decoding runs eagerly: %s", type(self._model).__name__, reason)
+        self._call = partial(self._forward, self._model, self._cache)
+        return self._call(ids)
+
+    def _compile(self, ids: Tensor, layers: list[Any]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Run the first step, compiling it with `layers` as shared regions. Returns its logits and the next steps."""
         # A function of its own for each graph: torch.compile keeps its results with the code object.
-        code = forward.__code__.replace(co_name=f"step_{next(_counter)}")
-        options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)} if self._direct else {}
-        self._compiled = torch.compile(
-            FunctionType(code, forward.__globals__),
+        code = self._forward.__code__.replace(co_name=f"step_{next(_counter)}")
+        compiled = torch.compile(
+            FunctionType(code, self._forward.__globals__),
             fullgraph=True,
             dynamic=False,
             backend=self._backend,
-            options=options,
+            options={"guard_filter_fn": lambda guards: [False] * len(guards)},
         )
-        self._replay: Callable[[Tensor], Tensor] | None = None
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        if self._replay is not None:
-            return self._replay(ids)
-        if self._graph is not None:
-            return self._compiled(self._model, self._cache, ids)
-        layers = _repeated(self._model)
         shared = _shared_regions(layers)
         try:
             for layer in layers:
                 layer.forward = MethodType(shared[type(layer)], layer)
-            logits = self._compiled(self._model, self._cache, ids)
+            logits = compiled(self._model, self._cache, ids)
         finally:
             for layer in layers:
                 del layer.forward
-        if self._direct:
-            self._replay = self._direct_call(ids, logits)
+        call = self._direct_call(ids, logits) or partial(compiled, self._model, self._cache)
         self._inputs, self._outputs = [], ()
-        return logits
+        return logits, call
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        if _reads_late(graph.graph):
+            raise _LateReadError
         for module in graph.modules():
             if isinstance(module, fx.GraphModule):
                 _merge_linears(module)
@@ -112,6 +133,26 @@ def _shared_regions(layers: list[nn.Module]) -> dict[type, Any]:
         copy.__kwdefaults__ = stock.__kwdefaults__
         regions[cls] = torch.compiler.nested_compile_region(copy)
     return regions
+
+
+def _reads_late(graph: fx.Graph) -> bool:
+    """Whether something computed before the first region is used after it, but not in it.
+
+    Inductor may then compute it after that region, which has moved the cache's length on: with two masks, one for
+    sliding windows, the second one came out a position too long (torch 2.13).
+    """
+    regions = graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph)
+    if not regions:
+        return False
+    early = set()
+    for node in graph.nodes:
+        if node is regions[0]:
+            break
+        early.add(node)
+    return any(
+        node.op not in ("placeholder", "get_attr") and regions[0] not in node.users and not early.issuperset(node.users)
+        for node in early
+    )
 
 
 def _merge_linears(module: fx.GraphModule) -> None:

@@ -38,8 +38,6 @@ class Runner:
     def __init__(self, model: Any, max_length: int, batch: int = 1, compile: bool = True) -> None:
         if not 1 <= batch <= MAX_ROWS:
             raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
-        from transformers import StaticCache
-
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
         self.device = next(model.parameters()).device
         self._sparse = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
@@ -48,7 +46,7 @@ class Runner:
         self._steps: dict[Any, CompiledStep] = {}
         if self.device.type == "cpu":
             self._swap()
-        self.cache = StaticCache(config=model.config, max_cache_len=max_length)
+        self.cache = _static_cache(model.config, max_length)
         self.position = 0
         token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         counts = [module.counts.clone() for module in self._sparse]
@@ -173,6 +171,22 @@ class Runner:
                 "one"
             )
         self.position += tokens
+
+
+def _static_cache(config: Any, max_length: int) -> Any:
+    """A static cache in which sliding-window layers keep all positions too: their mask hides what is out of the window.
+
+    transformers' own sliding layers count tokens in Python, so that a compiled step would be compiled anew each time.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    cache.layers = [
+        StaticLayer(max_cache_len=max_length) if type(layer) is StaticSlidingWindowLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
 
 
 def _step(model: Any, cache: Any, ids: Tensor) -> Tensor:

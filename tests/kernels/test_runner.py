@@ -5,8 +5,10 @@ import pytest
 import torch
 from moyu_kernels import Runner, from_pretrained
 from moyu_kernels.modules import Linear, set_mode
+from moyu_kernels.seam import ExpertsSeam
 from sparse_checkpoints import tiny_llama
 from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 Factory = Callable[..., Path]
 
@@ -51,6 +53,31 @@ def test_predicted_steps_and_rule_prefill(checkpoint: Factory) -> None:
     torch.testing.assert_close([first, *steps], expected, rtol=1e-4, atol=1e-4)
     set_mode(model, "dense")
     assert not torch.allclose(decode(runner, ids, 5)[-1], expected[-1], atol=1e-3)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 128}
+
+
+@torch.no_grad()
+def test_sliding_windows_compiled() -> None:
+    """Two masks, and a window shorter than the text: neither shared regions nor transformers' own cache would do."""
+    config = Gemma2Config(**SMALL, num_hidden_layers=2, num_key_value_heads=1, head_dim=16, sliding_window=8)
+    model, ids = Gemma2ForCausalLM(config).eval(), prompt(14)
+    expected = model(ids).logits
+    found = decode(Runner(model, max_length=14), ids, 6)
+    torch.testing.assert_close(torch.cat(found), expected[0, 5:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_does_not_compile_runs_eagerly_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = MixtralConfig(**SMALL, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
+    model, ids = MixtralForCausalLM(config).eval(), prompt(9)
+    for layer in model.model.layers:
+        ExpertsSeam(layer.mlp.experts, lambda a, expert: a)
+    expected = model(ids).logits
+    found = decode(Runner(model, max_length=9), ids, 6)
+    torch.testing.assert_close(torch.cat(found), expected[0, 5:], rtol=1e-4, atol=1e-4)
+    assert caplog.text.count("does not compile, decoding runs eagerly") == 1
 
 
 @torch.no_grad()

@@ -20,6 +20,9 @@ namespace moyu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Bytes of a stream that are fetched before their use. They are fetched again at half that distance: a fetch is dropped
+// where the memory has no room for it just then.
+constexpr int64_t LOOKAHEAD = 1 << 14;
 constexpr int64_t MAX_ROWS = 8;  // tokens of one call: one bit each in a byte of the mask
 
 template <class... Text>
@@ -142,6 +145,12 @@ void widen_input(const Tensor& x, float* out, int64_t stride) {
   std::fill(out, out + rows * stride, 0.0f);
   for (int64_t n = 0; n < rows; ++n)
     for (int64_t i = 0; i < d; ++i) out[n * stride + place<As>(i)] = static_cast<float>(p[n * sn + i * sd]);
+}
+
+// LOOKAHEAD in rows of d elements.
+template <class W>
+int64_t lookahead_rows(int64_t d) {
+  return std::max<int64_t>(2, LOOKAHEAD / (d * static_cast<int64_t>(sizeof(W))));
 }
 
 // Rows row .. row + M of a matrix; those past its end repeat the last one.

@@ -11,9 +11,8 @@
 
 namespace moyu {
 
-constexpr int64_t BLOCK = 128;          // most neurons of one range
-constexpr int GROUP = 8;                // down rows added in one pass over the accumulator
-constexpr int64_t LOOKAHEAD = 1 << 14;  // bytes of gate, and of up, that are fetched before their use
+constexpr int64_t BLOCK = 128;  // most neurons of one range
+constexpr int GROUP = 8;        // down rows added in one pass over the accumulator
 
 enum class Act { silu, relu, gelu, gelu_tanh };
 
@@ -102,9 +101,6 @@ struct Ffn {
     s.compact();
   }
 
-  // Neurons between the fetch of a gate and up row and its use.
-  int64_t distance() const { return std::max<int64_t>(2, LOOKAHEAD / (d * static_cast<int64_t>(sizeof(W)))); }
-
   // Kept neurons whose down rows are on their way from memory, oldest first.
   struct Kept {
     static constexpr int64_t SIZE = 2 * GROUP;
@@ -123,7 +119,7 @@ struct Ffn {
   void run(Selection& s, const Selection& after, Kept& kept, float* partial, int32_t* counts) const {
     std::fill(partial, partial + rows * stride, 0.0f);
     s.count(rows, counts);
-    const int64_t lead = distance();
+    const int64_t lead = lookahead_rows<W>(d);
     for (int64_t i = 0; i < s.found; ++i) {
       const int64_t j = s.list[i], f = s.first + j, slot = kept.end % Kept::SIZE;
       const auto later = [&](int64_t k) {
@@ -133,7 +129,6 @@ struct Ffn {
       const W *nothing = gate + f * d, *newest = kept.end > kept.begin ? kept.last_row(1) : nothing;
       const W* recent = kept.end - kept.begin > 2 ? kept.last_row(3) : nothing;
       const int64_t far = later(i + lead) * d, near = later(i + lead / 2) * d;
-      // Everything twice: a fetch is dropped where the memory has no room for it just then.
       const Rows<W, 6> ahead{{gate + far, up + far, gate + near, up + near, newest, recent}};
       float gates[MAX_ROWS], ups[MAX_ROWS], *a = kept.a[slot];
       dots_tiled(Rows<W, 2>{{gate + f * d, up + f * d}}, ahead, x, rows, stride, d,

@@ -95,12 +95,16 @@ Tensor read_sum(const Tensor& buffer) {
   std::atomic<uint32_t> total{0};
   for_ranges((size + PART - 1) / PART, [&](int64_t range) {
     VecU32 acc[4] = {};
-    for (int64_t i = range * PART; i < std::min(size, (range + 1) * PART); i += WIDTH)
+    const int32_t *far = p + LOOKAHEAD / 4, *near = p + LOOKAHEAD / 8;
+    for (int64_t i = range * PART; i < std::min(size, (range + 1) * PART); i += WIDTH) {
+      fetch_step(Rows<int32_t, 2>{{far, near}}, i);
+      fetch_step(Rows<int32_t, 2>{{far, near}}, i + STEP);
       for (int k = 0; k < 4; ++k) {
         VecU32 v;
         memcpy(&v, p + i + k * LANES, sizeof v);
         acc[k] += v;
       }
+    }
     const VecU32 all = (acc[0] + acc[1]) + (acc[2] + acc[3]);
     uint32_t partial = 0;
     for (int lane = 0; lane < LANES; ++lane) partial += all[lane];
