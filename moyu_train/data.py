@@ -16,6 +16,8 @@ BUILTIN = {
     "state-union-test": "state_union_test.jsonl.gz",
 }
 
+TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".gz")
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -60,18 +62,24 @@ def read_texts(source: str, text_field: str) -> list[str]:
         source = str(resources.files("moyu_train") / "data" / BUILTIN[name])
     path = Path(source)
     suffixes = "".join(path.suffixes[-2:])
-    local = path.exists() or "." in path.name[1:] or source.startswith((".", "/"))
+    local = path.exists() or suffixes.endswith(TEXT_SUFFIXES) or source.startswith((".", "/"))
     if local and not path.is_file():
         raise MoyuError(f"text file {source!r} does not exist; give a JSON lines file, a text file or a hub id")
     if local and path.stat().st_size == 0:
         raise MoyuError(f"text file {source!r} is empty; give a file with at least one document")
     if local and "json" not in suffixes:
-        return [path.read_text(encoding="utf-8")]
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise MoyuError(
+                f"text file {source!r} is not UTF-8 text ({error.reason}); JSON lines may be "
+                "gzipped, plain text may not"
+            ) from error
     try:
         rows = (
             datasets.load_dataset("json", data_files=source, split="train")
             if local
-            else datasets.load_dataset(source, split="train", streaming=False)
+            else datasets.load_dataset(source, split="train")
         )
     except Exception as error:  # datasets raises many types here; the cause stays attached
         raise MoyuError(f"data {source!r} could not be read: {error}") from error

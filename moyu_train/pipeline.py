@@ -22,7 +22,7 @@ from moyu_train import __version__, data
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks
-from moyu_train.models.loading import Source, load_dense, load_tokenizer, resolve_source, skeleton
+from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import Recipe
@@ -83,17 +83,17 @@ class Run:
         self.check()
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> str:
         with PartialState().main_process_first():
             return resolve_source(self.recipe.model)
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.source.path)
+        return load_tokenizer(self.source)
 
     @cached_property
     def skeleton(self) -> Any:
-        return skeleton(self.source.path)
+        return skeleton(self.source)
 
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
@@ -132,16 +132,16 @@ class Run:
         return self._documents(self.recipe.data.test, None, 2)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
-        return load_dense(self.source.path, dtype)
+        return load_dense(self.source, dtype)
 
     @cached_property
     def inputs_digest(self) -> str:
         """Hash of the weights and the text that every stage starts from."""
-        path = Path(self.source.path)
+        path = Path(self.source)
         weights = (
             [sha256(file) for file in sorted([*path.glob("*.safetensors"), path / "config.json"])]
             if path.is_dir()
-            else [self.source.path]
+            else [self.source]
         )
         parts = [*weights, self.train.digest(), self.validation.digest(), self.test.digest()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

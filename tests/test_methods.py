@@ -13,7 +13,8 @@ from moyu_train.data import Documents
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped, row_bytes
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.blocks import find_blocks
-from moyu_train.predictors.lowrank import LowRank, quantise_rows, stored_bytes
+from moyu_train.models.state import stored_bytes
+from moyu_train.predictors.lowrank import LowRank, quantise_rows
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop

@@ -54,7 +54,7 @@ def from_pretrained(
     Raises: CheckpointError where a file is missing, changed, stale or of another format version.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     raw, block_list, settings = _read_config(folder)
     state = load_file(folder / STATE)
     _check_predictor(folder, settings, manifest, state)
@@ -73,7 +73,11 @@ def from_pretrained(
     return model.eval().requires_grad_(False)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete, undamaged checkpoint; every file is hashed.
+
+    Raises: CheckpointError.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 TITLES = (
     "Over-activation: perplexity under oracle masks",
@@ -30,6 +31,8 @@ def uplift(analysis: dict[str, Any]) -> Figure:
     dense = curve[0]["perplexity"]
     axes.plot([p["sparsity"] for p in curve], [p["perplexity"] / dense for p in curve], marker="o")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
     return figure
 
 
@@ -57,6 +60,7 @@ def quality(result: dict[str, Any]) -> Figure:
         axes.scatter(skipped, result["ppl"][name] / best, s=60)
         axes.annotate(name, (skipped, result["ppl"][name] / best), xytext=(6, 6), textcoords="offset points")
     axes.set_xlim(-0.02, 1)
+    axes.margins(y=0.12)
     return figure
 
 

@@ -1,32 +1,31 @@
 """Writes a sparse checkpoint (docs/checkpoint-format.md) and checks what it wrote before it says done."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from moyu_kernels.loading import FORMAT_VERSION, MANIFEST, STATE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
-from moyu_train.models.blocks import activation_field, base_activation, clear_marker, find_blocks, set_marker
-from moyu_train.training.fit import predictors_from_tensors, predictors_to_tensors
-from moyu_train.training.rule import thresholds_from_tensors, thresholds_to_tensors
-
-FORMAT_VERSION = 1
-STATE, MANIFEST = "moyu/state.safetensors", "moyu/manifest.json"
-
-
-def ffn_sha256(model: Any) -> str:
-    """SHA-256 over the FFN weights of all blocks in order, as bytes of their dtype: what a predictor is tied to."""
-    digest = hashlib.sha256()
-    for block in find_blocks(model):
-        for weight in block.weights():
-            digest.update(weight.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+from moyu_train.models.blocks import (
+    activation_field,
+    base_activation,
+    clear_marker,
+    ffn_sha256,
+    find_blocks,
+    set_marker,
+)
+from moyu_train.models.state import (
+    predictors_from_tensors,
+    predictors_to_tensors,
+    thresholds_from_tensors,
+    thresholds_to_tensors,
+)
 
 
 def export(

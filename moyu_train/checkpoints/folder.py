@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from moyu_kernels.loading import CheckpointError, read_manifest
+
 from moyu_train import data
-from moyu_train.checkpoints.export import MANIFEST
 from moyu_train.checkpoints.verify import verify
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
@@ -14,8 +15,10 @@ from moyu_train.recipe import Recipe
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
-    if not (folder / MANIFEST).is_file():
-        raise MoyuError(f"{str(folder)!r} has no {MANIFEST}: it was not written to its end; export it again")
+    try:
+        read_manifest(folder)
+    except CheckpointError as error:
+        raise MoyuError(str(error)) from error
     texts = data.read_texts(recipe.data.test, recipe.data.text_field)
     return data.tokenise(texts, load_tokenizer(folder), recipe.data.test, 2)
 

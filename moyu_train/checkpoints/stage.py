@@ -11,7 +11,7 @@ from moyu_train.evaluation.inloop import row_bytes
 from moyu_train.files import check_writable
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
-from moyu_train.predictors.lowrank import stored_bytes
+from moyu_train.models.state import stored_bytes
 from moyu_train.training.stages import read
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor
 from moyu_train.analysis.uplift import largest
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.masking import Masking
-from moyu_train.predictors.lowrank import stored_bytes
+from moyu_train.models.state import stored_bytes
 
 LINE = 64  # bytes of a cache line
 

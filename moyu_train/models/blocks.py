@@ -1,5 +1,7 @@
 """Finds the FFN blocks of a decoder by structure (attribute names, shapes, activation), never by class name."""
 
+import functools
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +86,7 @@ def _match_linear(path: str, module: nn.Module) -> FFNBlock | None:
     return None
 
 
+@functools.cache
 def _activation_classes() -> tuple[type, ...]:
     return tuple({entry[0] if isinstance(entry, tuple) else entry for entry in dict.values(ACT2FN)})
 
@@ -160,3 +163,12 @@ def ffn_bytes(block: FFNBlock, itemsize: int) -> int:
 
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
+
+
+def ffn_sha256(model: Any) -> str:
+    """SHA-256 over the FFN weights of all blocks in order, as bytes of their dtype: what a predictor is tied to."""
+    digest = hashlib.sha256()
+    for block in find_blocks(model):
+        for weight in block.weights():
+            digest.update(weight.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -4,7 +4,6 @@ import gc
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,25 @@ from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, ready for `from_pretrained`."""
-
-    path: str
-    name: str
-
-
 def cache_folder() -> Path:
     return Path(os.environ.get("MOYU_CACHE", Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moyu"))
 
 
-def resolve_source(model: str) -> Source:
+def resolve_source(model: str) -> str:
     """Turn the recipe's `model` into something `from_pretrained` takes; GGUF files are converted once into the cache.
 
     Args: model: hub id, folder, `.gguf` file, or `package:<name>` for a GGUF file inside an installed package.
     """
     if model.startswith("package:"):
-        return Source(str(_convert_gguf(_gguf_in_package(model.removeprefix("package:")))), model)
+        return str(_convert_gguf(_gguf_in_package(model.removeprefix("package:"))))
     if model.endswith(".gguf"):
         if not Path(model).is_file():
             raise MoyuError(f"model file {model!r} does not exist; give a GGUF file, a folder or a hub id")
-        return Source(str(_convert_gguf(Path(model))), model)
+        return str(_convert_gguf(Path(model)))
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise MoyuError(f"model folder {model!r} has no config.json; give a folder written by save_pretrained")
-    return Source(model, model)
+    return model
 
 
 def _gguf_in_package(name: str) -> Path:

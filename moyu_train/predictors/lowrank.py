@@ -6,8 +6,6 @@ sums of many processes add up, and there is no learning rate to tune. The two fa
 map in the least-squares sense. Stored as int8 with a scale per row.
 """
 
-from typing import Any
-
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -89,8 +87,3 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 with a scale per row: (int8 `[N, M]`, scale `[N]` of the weight's dtype)."""
     scale = weight.abs().amax(1).clamp_min(1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
-
-
-def stored_bytes(predictor: dict[str, Any]) -> int:
-    """Bytes that a decode step reads of one predictor: every tensor, once, at its stored dtype."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in predictor.values())

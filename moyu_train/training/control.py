@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
 from moyu_train.models.masking import Masking
-from moyu_train.training.rule import thresholds_from_tensors, thresholds_to_tensors
+from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
 
 STATE_FILE = "moyu_training.safetensors"
 
@@ -21,7 +21,8 @@ STATE_FILE = "moyu_training.safetensors"
 class SparsityControl(TrainerCallback):
     """The mask of a model in training, for our trainer or, as a callback, for anyone's.
 
-    The rule acts in every forward. Densities are counted only while `armed` (so not in a recompute or an evaluation),
+    The rule acts in every forward. Densities are counted while `counting` (SparsityTrainer: in the student's forward
+    only, not in a recompute or an evaluation; under another trainer: in every forward),
     summed over the micro-batches of an optimizer step, all-reduced once at its end, and then move the thresholds.
 
     Args:
@@ -36,7 +37,7 @@ class SparsityControl(TrainerCallback):
     ) -> None:
         self.blocks: list[FFNBlock] = find_blocks(model)
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
-        self._armed = True
+        self.counting = True
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         set_marker(model.config, sparsifier.name)
@@ -53,18 +54,18 @@ class SparsityControl(TrainerCallback):
                 scores = predictor_scores(self._masking.input(layer), *self.predictors[layer].values())
             selected = scores.view_as(a) > 0
             keep = rule & selected
-        if self._armed:
+        if self.counting:
             sums = [mask.sum().double() for mask in (rule, selected, keep)]
             self._counts[layer] += torch.stack([*sums, sums[0].new_tensor(keep.numel())]).cpu()
         return keep
 
     @contextmanager
     def armed(self, on: bool) -> Iterator[None]:
-        before, self._armed = self._armed, on
+        before, self.counting = self.counting, on
         try:
             yield
         finally:
-            self._armed = before
+            self.counting = before
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -80,13 +80,3 @@ class PredictorTrainer:
         for i, predictor in enumerate(self.predictors):
             predictor.load({name: tensors[f"{i}.{name}"] for name in predictor.state()})
         return done
-
-
-def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"blocks.{i}.predictor.{name}": t.contiguous() for i, p in enumerate(predictors) for name, t in p.items()}
-
-
-def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    count = sum(name.endswith(".predictor.w1") for name in tensors)
-    names = ("w1", "s1", "w2", "s2", "bias")
-    return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]

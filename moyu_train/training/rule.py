@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moyu_train.analysis.histogram import Histogram
 from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
@@ -37,14 +38,13 @@ def calibrate_rule(
         with Masking(blocks, keep):
             for _, ids in track(documents.windows(1024, tokens), f"calibrate rule {number + 1}/{passes}"):
                 model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+        silent = [
+            block.path for block, counts in zip(blocks, histogram.counts, strict=True) if counts[0] == counts.sum()
+        ]
+        if silent:
+            raise MoyuError(
+                f"every activation of {', '.join(silent)} is zero on the calibration text, so no threshold can be set; "
+                "check the weights, or give other text"
+            )
         sparsifier = cls.calibrated(options, blocks, [2.0**level for level in histogram.levels(density)])
     return sparsifier
-
-
-def thresholds_to_tensors(thresholds: list[Tensor]) -> dict[str, Tensor]:
-    return {f"blocks.{i}.threshold": t.float().contiguous() for i, t in enumerate(thresholds)}
-
-
-def thresholds_from_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
-    count = sum(name.endswith(".threshold") for name in tensors)
-    return [tensors[f"blocks.{i}.threshold"] for i in range(count)]

@@ -14,20 +14,26 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from moyu_train.checkpoints.export import ffn_sha256
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
 from moyu_train.files import write_json
+from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import check_memory, load_dense, training_bytes
+from moyu_train.models.state import (
+    predictors_from_tensors,
+    predictors_to_tensors,
+    stored_bytes,
+    thresholds_from_tensors,
+    thresholds_to_tensors,
+)
 from moyu_train.predictors import PREDICTORS
-from moyu_train.predictors.lowrank import stored_bytes
 from moyu_train.recipe import Optimise
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
-from moyu_train.training.fit import PredictorTrainer, predictors_from_tensors, predictors_to_tensors
+from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
-from moyu_train.training.rule import calibrate_rule, thresholds_from_tensors, thresholds_to_tensors
+from moyu_train.training.rule import calibrate_rule
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -125,7 +131,8 @@ def train(
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
     )
-    checkpoint = last_complete_checkpoint(folder / "checkpoints")
+    with PartialState().main_process_first():
+        checkpoint = last_complete_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return [line for line in trainer.state.log_history if "loss" in line]
 

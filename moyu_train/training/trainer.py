@@ -63,6 +63,7 @@ class SparsityTrainer(Trainer):
         self.parent = parent.eval().requires_grad_(False) if parent is not None else None
         self._parts: dict[str, float] = {}
         if sparsity is not None:
+            sparsity.counting = False  # but while compute_loss arms it: a recompute in the backward counts nothing
             self.add_callback(sparsity)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SparsityBar)

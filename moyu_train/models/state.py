@@ -1,0 +1,27 @@
+"""Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
+
+from torch import Tensor
+
+
+def thresholds_to_tensors(thresholds: list[Tensor]) -> dict[str, Tensor]:
+    return {f"blocks.{i}.threshold": t.float().contiguous() for i, t in enumerate(thresholds)}
+
+
+def thresholds_from_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
+    count = sum(name.endswith(".threshold") for name in tensors)
+    return [tensors[f"blocks.{i}.threshold"] for i in range(count)]
+
+
+def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"blocks.{i}.predictor.{name}": t.contiguous() for i, p in enumerate(predictors) for name, t in p.items()}
+
+
+def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    count = sum(name.endswith(".predictor.w1") for name in tensors)
+    names = ("w1", "s1", "w2", "s2", "bias")
+    return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
+
+
+def stored_bytes(predictor: dict[str, Tensor]) -> int:
+    """Bytes that a decode step reads of one predictor: every tensor, once, at its stored dtype."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in predictor.values())
