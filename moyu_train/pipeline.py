@@ -106,7 +106,7 @@ class Run:
         if share + target >= 1:
             raise MoyuError(
                 f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
-                "FFN's bytes; lower it, or predictor.rank"
+                "FFN's bytes; lower it, or make the predictor smaller"
             )
 
     def _documents(self, source: str, limit: int | None, window: int) -> data.Documents:

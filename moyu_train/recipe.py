@@ -131,7 +131,7 @@ class Recipe(Section):
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
     control: Control = Control()
-    predictor: Method = Method(name="lowrank")
+    predictor: Method = Method(name="lowbit")
     fit: Fit = Fit()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()

@@ -36,6 +36,19 @@ def test_empty_text(tmp_path: Path, settings: dict[str, Any], capsys: pytest.Cap
     assert "is empty" in fails(tmp_path, settings, capsys)
 
 
+def test_text_that_is_not_utf8(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    settings["data"]["train"] = str(tmp_path / "latin.txt")
+    assert "is not UTF-8 text" in fails(tmp_path, settings, capsys)
+
+
+def test_a_dot_does_not_make_a_hub_id_a_file(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["data"]["train"] = "someone/corpus-v1.5"
+    assert "data 'someone/corpus-v1.5' could not be read" in fails(tmp_path, settings, capsys)
+
+
 def test_text_shorter_than_a_window(
     tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,11 +148,22 @@ def test_half_written_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "not written to its end" in capsys.readouterr().err
 
 
+def test_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sparse"
+    (folder / "moyu").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    manifest = {"format_version": 1, "files": {"config.json": "0" * 64}, "ffn_sha256": "0" * 64}
+    (folder / "moyu" / "manifest.json").write_text(json.dumps(manifest))
+    for verb in (["verify"], ["evaluate"], ["bench"], ["generate", "--prompt", "x"]):
+        assert main([verb[0], str(folder), *verb[1:]]) == 1
+        assert "config.json was changed or damaged after the export" in capsys.readouterr().err
+
+
 def test_combinations_are_checked_before_weights_load(
     tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
-    settings["predictor"]["rank"] = 33
+    settings["predictor"] = {"name": "lowrank", "rank": 33}
     assert "rank 33 is above the hidden size 32" in fails(tmp_path, settings, capsys)
     settings["predictor"]["rank"] = 32
     settings["calibrate"]["bytes_skipped"] = 0.9

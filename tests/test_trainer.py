@@ -102,6 +102,24 @@ def test_density_is_counted_for_the_student_in_training_only(tmp_path: Path) -> 
     assert trainer.sparsity._counts[:, 3].tolist() == [4 * 24 * 96.0] * 2
 
 
+def test_a_recompute_counts_nothing(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, {"input_ids": WINDOWS[:4], "labels": WINDOWS[:4]}).backward()
+    assert trainer.sparsity._counts[:, 3].tolist() == [4 * 24 * 96.0] * 2
+
+
+def test_bfloat16_trains_the_same_curve_roughly(tmp_path: Path) -> None:
+    losses = []
+    for name, options in (("a", {}), ("b", {"bf16": True})):
+        trainer = make(tmp_path / name, 4, 1, steps=6, save_strategy="no", **options)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_controller_brings_density_to_its_target(tmp_path: Path) -> None:
     trainer = make(tmp_path, 4, 1, steps=40, save_strategy="no", gain=0.5)
     trainer.train()

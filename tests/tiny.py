@@ -80,7 +80,7 @@ def tiny_settings(folder: Path, model: Path) -> dict:
         "calibrate": {"tokens": 256, "bytes_skipped": 0.2},
         "finetune": {"tokens": 1024, "window": 32, "batch": 4, "save_steps": 2, "learning_rate": 1e-3},
         "control": {"learning_rates": [1e-4, 1e-3]},
-        "predictor": {"name": "lowrank", "rank": 4},
+        "predictor": {"name": "lowbit"},
         "fit": {"tokens": 1024, "window": 64, "save_every": 4},
         "export": {"dtype": "float32"},
         "evaluate": {"window": 64, "kernel_tokens": 32},

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .modules import PREDICTOR, SparseGatedFFN, activation, resolve_backend
+from .modules import SparseGatedFFN, activation, resolve_backend
+from .ops.ffn.naive import PREDICTORS
 from .seam import ExpertsSeam, Seam
 
 logger = logging.getLogger(__name__)
@@ -57,16 +58,14 @@ def from_pretrained(
     manifest = read_manifest(folder)
     raw, block_list, settings = _read_config(folder)
     state = load_file(folder / STATE)
-    _check_predictor(folder, settings, manifest, state)
+    names = _predictor_names(folder, settings, manifest)
     if mode == "predicted" and settings["predictor"] is None:
         logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads all of gate and up", folder)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
     for index, block in enumerate(block_list):
         threshold = _tensor(folder, state, f"blocks.{index}.threshold")
-        predictor = [
-            _tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in PREDICTOR if settings["predictor"]
-        ]
+        predictor = [_tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         _install(folder, model, block, settings["activation"], threshold, predictor, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
@@ -133,15 +132,22 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
     return raw, settings["blocks"], settings
 
 
-def _check_predictor(
-    folder: Path, settings: dict[str, Any], manifest: dict[str, Any], state: dict[str, Tensor]
-) -> None:
+def _predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the predictor's tensors, none where there is no predictor."""
     predictor = settings["predictor"]
-    if predictor is not None and predictor["ffn_sha256"] != manifest["ffn_sha256"]:
+    if predictor is None:
+        return ()
+    if predictor["family"] not in PREDICTORS:
+        raise CheckpointError(
+            f"{folder}: the predictor family {predictor['family']!r} is unknown (known: {', '.join(PREDICTORS)}); "
+            "update moyu_kernels"
+        )
+    if predictor["ffn_sha256"] != manifest["ffn_sha256"]:
         raise CheckpointError(
             f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
             f"folder holds {manifest['ffn_sha256'][:12]}…; fit the predictors on these weights and export again"
         )
+    return PREDICTORS[predictor["family"]]
 
 
 def _tensor(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:

@@ -13,7 +13,6 @@ from .ops.ffn import naive
 MODES = ("predicted", "rule", "dense")
 BACKENDS = ("cpu", "reference", "triton")
 MAX_ROWS = cpu.MAX_ROWS
-PREDICTOR = ("w1", "s1", "w2", "s2", "bias")
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -30,6 +29,18 @@ def resolve_backend(backend: str, device: torch.device) -> str:
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
+
+
+def predictor_names(predictor: list[Tensor]) -> tuple[str, ...]:
+    """Names of a predictor's tensors: families differ in how many they have.
+
+    Raises: ValueError where no family has so many.
+    """
+    for names in ((), *naive.PREDICTORS.values()):
+        if len(names) == len(predictor):
+            return names
+    families = "; ".join(f"{family}: {', '.join(names)}" for family, names in naive.PREDICTORS.items())
+    raise ValueError(f"the predictor has {len(predictor)} tensors, the families have {families}")
 
 
 def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -54,7 +65,7 @@ class SparseGatedFFN(nn.Module):
         projections: name and projection of gate, up and down, in this order; without biases.
         act: a name from `naive.ACTIVATIONS`.
         threshold: fp32 `[F]`, a neuron is kept where `abs(a) >= threshold`.
-        predictor: `[]` or `[w1, s1, w2, s2, bias]` as in `naive.predictor_scores`.
+        predictor: `[]` or the tensors of a family in `naive.PREDICTORS`.
         mode: "predicted" (the rule on the neurons that the predictor selects), "rule" (the exact mask) or "dense".
         backend: "cpu", "triton" or "reference".
 
@@ -80,7 +91,8 @@ class SparseGatedFFN(nn.Module):
         super().__init__()
         gate, _, down = projections.values()
         self.neurons, self.hidden = gate.weight.shape
-        self._names, self.act, self._rank = tuple(projections), act, len(predictor[0]) if predictor else 0
+        self._names, self.act = tuple(projections), act
+        self._predictor = predictor_names(predictor)
         self._check(list(projections.items()), threshold, predictor)
         down.weight.data = down.weight.data.t().contiguous().t()
         for name, projection in projections.items():
@@ -88,7 +100,7 @@ class SparseGatedFFN(nn.Module):
         device = gate.weight.device
         self.register_buffer("threshold", threshold.to(device), persistent=False)
         self.register_buffer("no_threshold", torch.zeros_like(self.threshold), persistent=False)
-        for name, tensor in zip(PREDICTOR, predictor, strict=False):
+        for name, tensor in zip(self._predictor, predictor, strict=True):
             self.register_buffer(f"predictor_{name}", tensor.to(device), persistent=False)
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
         self.set_mode(mode, backend)
@@ -103,12 +115,12 @@ class SparseGatedFFN(nn.Module):
         for name, projection in projections:
             if projection.bias is not None:
                 raise ValueError(f"{name} has a bias, which the op does not add; mask this block at its seam instead")
+        wanted: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]]
         wanted = {"threshold": (threshold, (self.neurons,), torch.float32)}
         if predictor:
-            shapes_of = ((self._rank, self.hidden), (self._rank,), (self.neurons, self._rank), *[(self.neurons,)] * 2)
-            dtypes = (torch.int8, torch.float32, torch.int8, torch.float32, torch.float32)
-            for name, *want in zip(PREDICTOR, predictor, shapes_of, dtypes, strict=True):
-                wanted[f"predictor {name}"] = tuple(want)  # type: ignore[assignment]
+            needed = naive.predictor_shapes(predictor, self.hidden, self.neurons)
+            for name, tensor, want in zip(self._predictor, predictor, needed, strict=True):
+                wanted[f"predictor {name}"] = (tensor, *want)
         for name, (tensor, shape, dtype) in wanted.items():
             if tensor.shape != shape or tensor.dtype != dtype:
                 raise ValueError(
@@ -118,7 +130,7 @@ class SparseGatedFFN(nn.Module):
 
     @property
     def predictor(self) -> list[Tensor]:
-        return [getattr(self, f"predictor_{name}") for name in PREDICTOR] if self._rank else []
+        return [getattr(self, f"predictor_{name}") for name in self._predictor]
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,7 +142,7 @@ class SparseGatedFFN(nn.Module):
         """Switch the mode, and the backend where one is given."""
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-        if mode == "predicted" and not self._rank:
+        if mode == "predicted" and not self._predictor:
             raise ValueError("mode 'predicted' needs a predictor and this block has none; use mode 'rule' or 'dense'")
         self.mode = mode
         if backend is not None:
@@ -170,7 +182,8 @@ class SparseGatedFFN(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"neurons={self.neurons}, rank={self._rank}, act={self.act}, mode={self.mode}, backend={self.backend}"
+        predictor = ", ".join(self._predictor) or None
+        return f"neurons={self.neurons}, {predictor=!s}, act={self.act}, mode={self.mode}, backend={self.backend}"
 
 
 class Linear(nn.Module):

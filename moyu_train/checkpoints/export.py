@@ -64,9 +64,7 @@ def export(
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
-            "predictor": {"family": family, "rank": predictors[0]["w1"].shape[0], "ffn_sha256": digest}
-            if predictors
-            else None,
+            "predictor": {"family": family, "ffn_sha256": digest} if predictors else None,
         }
         config.save_pretrained(temporary)
         (temporary / "moyu").mkdir()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from moyu_kernels.ops.ffn.naive import predictor_scores
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
@@ -93,7 +92,7 @@ class SparseMasks:
         rule = (a.abs() >= threshold) & (a != 0)
         contribution = a.abs().float() * norm
         if self.predictors:
-            scores = predictor_scores(self._masking.input(layer), *self.predictors[layer].values()).view_as(a)
+            scores = self._masking.scores(layer, self.predictors[layer]).view_as(a)
             if self.observe:
                 self.observe(layer, scores)
             selected = scores > self.cuts[layer]

@@ -44,6 +44,9 @@ class FFNBlock:
             return [getattr(self.module, name).detach() for name in names]
         return [base_layer(getattr(self.module, name)).weight.detach() for name in names]
 
+    def activation(self) -> nn.Module:
+        return next(child for child in self.module.children() if isinstance(child, _activation_classes()))
+
     def down_norms(self) -> Tensor:
         """`norm(W_down[:, i])` of each neuron, fp32 `[F]`, or `[E, F]` for experts."""
         down = self.weights()[-1].float()

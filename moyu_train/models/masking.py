@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
+from moyu_kernels.ops.ffn.naive import predictor_scores
 from moyu_kernels.seam import ExpertsSeam, Seam
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Masking:
     """
 
     def __init__(self, blocks: list[FFNBlock], keep: Keep, inputs: bool = False) -> None:
-        self._inputs: dict[int, Tensor] = {}
+        self._blocks, self._inputs = blocks, dict[int, Tensor]()
         self._seams: list[Seam | ExpertsSeam] = []
         for layer, block in enumerate(blocks):
             if inputs:
@@ -35,6 +36,10 @@ class Masking:
 
     def input(self, layer: int) -> Tensor:
         return self._inputs[layer]
+
+    def scores(self, layer: int, predictor: dict[str, Tensor]) -> Tensor:
+        """A predictor's score of each neuron on the recorded input, fp32 `[..., F]`."""
+        return predictor_scores(self._inputs[layer], list(predictor.values()), self._blocks[layer].activation())
 
     def _recorder(self, layer: int) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor) -> Tensor:

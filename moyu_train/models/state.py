@@ -1,5 +1,6 @@
 """Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
 
+from moyu_kernels.ops.ffn.naive import PREDICTORS
 from torch import Tensor
 
 
@@ -17,8 +18,9 @@ def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tens
 
 
 def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    count = sum(name.endswith(".predictor.w1") for name in tensors)
-    names = ("w1", "s1", "w2", "s2", "bias")
+    """One dict a layer, in the order of tensors in which the ops take them; empty where there are no predictors."""
+    names = next((names for names in PREDICTORS.values() if f"blocks.0.predictor.{names[0]}" in tensors), ())
+    count = sum(name.endswith(".threshold") for name in tensors) if names else 0
     return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
 
 

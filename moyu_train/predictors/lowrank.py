@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import FFNBlock
 
 
 class LowRank:
@@ -23,8 +24,9 @@ class LowRank:
         rank: int = Field(128, ge=1)
         ridge: float = Field(0.1, gt=0, description="relative to the mean square of x")
 
-    def __init__(self, options: Options, hidden: int, neurons: int, device: torch.device) -> None:
+    def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:
         self.options = options
+        hidden, neurons = block.hidden, block.neurons
         self.sums = {
             "xx": torch.zeros(hidden, hidden, device=device),
             "xy": torch.zeros(hidden, neurons, device=device),
@@ -63,12 +65,13 @@ class LowRank:
     def solve(self) -> dict[str, Tensor]:
         """The fitted predictor in storage form: w1 int8 `[R, D]`, s1 `[R]`, w2 int8 `[F, R]`, s2 and bias `[F]`, fp32.
 
-        `score = s2 * (w2 @ (s1 * (w1 @ x))) + bias` predicts `sqrt(contribution)`.
+        `score = s2 * (w2 @ (s1 * (w1 @ x))) + bias` predicts `sqrt(contribution)` in units of its mean over the layer.
         """
         sums = {name: value.double().cpu() for name, value in self.sums.items()}
         mean_x, mean_y = sums["x"] / sums["n"], sums["y"] / sums["n"]
         cov = sums["xx"] / sums["n"] - torch.outer(mean_x, mean_x)
-        cross = sums["xy"] / sums["n"] - torch.outer(mean_x, mean_y)
+        cross = (sums["xy"] / sums["n"] - torch.outer(mean_x, mean_y)) / mean_y.mean()
+        mean_y = mean_y / mean_y.mean()
         cov.diagonal().add_(self.options.ridge * cov.diagonal().mean())
         root = torch.linalg.cholesky(cov)
         whitened = torch.linalg.solve_triangular(root, cross, upper=False)  # [D, F]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.ops.ffn.naive import predictor_scores
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -51,7 +50,7 @@ class SparsityControl(TrainerCallback):
         selected = torch.ones_like(rule)
         if self.predictors:
             with torch.no_grad():
-                scores = predictor_scores(self._masking.input(layer), *self.predictors[layer].values())
+                scores = self._masking.scores(layer, self.predictors[layer])
             selected = scores.view_as(a) > 0
             keep = rule & selected
         if self.counting:

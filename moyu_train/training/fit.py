@@ -36,7 +36,7 @@ class PredictorTrainer:
             )
         self.norms = [block.down_norms() for block in self.blocks]
         device = device_of(model)
-        self.predictors = [cls(options, block.hidden, block.neurons, device) for block in self.blocks]
+        self.predictors = [cls(options, block, device) for block in self.blocks]
 
     @torch.no_grad()
     def fit(self, windows: Tensor, save_every: int) -> list[dict[str, Tensor]]:

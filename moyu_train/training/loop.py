@@ -12,6 +12,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import score
 
 TOLERANCE, ROUNDS = 0.002, 8
+SCORES = 8.0  # a cut lies within so many times the mean that a predictor measures its scores in
 
 
 def calibrate_in_loop(
@@ -33,7 +34,7 @@ def calibrate_in_loop(
     last: tuple[float, float] | None = None
     cuts = [-math.inf] * len(predictors)  # the first round runs the rule mask, only to see the scores
     for number in range(ROUNDS):
-        histogram = Histogram(len(predictors), *_range(predictors))
+        histogram = Histogram(len(predictors), -SCORES, SCORES)
         with SparseMasks(model, thresholds, predictors, cuts, observe=histogram.add) as masks:
             perplexity = score(model, documents, 1024, f"calibrate in loop {number + 1}", tokens).perplexity
         skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
@@ -48,7 +49,7 @@ def calibrate_in_loop(
     else:
         raise MoyuError(
             f"calibrate.bytes_skipped {target} was not reached in {ROUNDS} rounds (last {skipped:.3f}); lower it, "
-            "raise target_sparsity or give the predictor another rank"
+            "raise target_sparsity or change the predictor"
         )
     figures = {
         "bytes_skipped": skipped,
@@ -59,11 +60,3 @@ def calibrate_in_loop(
     }
     folded = [{**p, "bias": p["bias"] - cut} for p, cut in zip(predictors, cuts, strict=True)]
     return folded, figures
-
-
-def _range(predictors: list[dict[str, Tensor]]) -> tuple[float, float]:
-    """Scores stay within a few times the largest mean score of a neuron."""
-    top = max(p["bias"].abs().max().item() for p in predictors)
-    spread = max(p["s2"].max().item() * 127 for p in predictors)
-    reach = 4 * top + 8 * spread
-    return -reach, reach

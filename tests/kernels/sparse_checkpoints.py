@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.ops.ffn.naive import predictor_scores
+from moyu_kernels.ops.ffn.naive import PREDICTORS
+from predictors import random_predictor
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,20 +32,12 @@ def tiny_llama(dtype: torch.dtype = torch.bfloat16, **changes: Any) -> LlamaForC
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def random_predictor(hidden: int, neurons: int, rank: int, density: float = 0.5) -> list[Tensor]:
-    w1 = torch.randint(-127, 128, (rank, hidden), dtype=torch.int8)
-    w2 = torch.randint(-127, 128, (neurons, rank), dtype=torch.int8)
-    s1, s2 = torch.full((rank,), 1 / (100 * hidden**0.5)), torch.full((neurons,), 1 / (100 * rank**0.5))
-    scores = predictor_scores(torch.randn(64, hidden), w1, s1, w2, s2, torch.zeros(neurons))
-    return [w1, s1, w2, s2, torch.full((neurons,), -scores.quantile(1 - density).item())]
-
-
 def write_checkpoint(
     folder: Path,
     model: Any,
     blocks: list[dict[str, Any]] | None = None,
     threshold: float = 0.05,
-    predictors: bool = True,
+    family: str | None = "lowrank",
     seal: bool = True,
 ) -> Path:
     """Export a model; `seal` writes the manifest."""
@@ -73,9 +66,9 @@ def write_checkpoint(
                 digest.update(weight.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         shape = (block["experts"], block["neurons"]) if block["layout"] == "experts" else (block["neurons"],)
         state[f"blocks.{i}.threshold"] = torch.full(shape, threshold)
-        if predictors:
-            tensors = random_predictor(block["hidden"], block["neurons"], RANK)
-            for name, tensor in zip(("w1", "s1", "w2", "s2", "bias"), tensors, strict=True):
+        if family:
+            tensors = random_predictor(family, block["hidden"], block["neurons"], RANK)
+            for name, tensor in zip(PREDICTORS[family], tensors, strict=True):
                 state[f"blocks.{i}.predictor.{name}"] = tensor
     model.save_pretrained(folder)
     path = folder / "config.json"
@@ -87,7 +80,7 @@ def write_checkpoint(
         "activation_field": "hidden_act",
         "architectures": data["architectures"],
         "blocks": blocks,
-        "predictor": {"family": "lowrank", "rank": RANK, "ffn_sha256": digest.hexdigest()} if predictors else None,
+        "predictor": {"family": family, "ffn_sha256": digest.hexdigest()} if family else None,
     }
     data["hidden_act"] = f"moyu:contribution:{data['hidden_act']} (load with moyu_kernels.from_pretrained)"
     data["architectures"] = [f"Moyu{name}" for name in data["architectures"]]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from moyu_kernels.ops.aot import Report, compile_launch
 from moyu_kernels.ops.ffn import naive, triton
+from predictors import FAMILIES, random_predictor
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -34,16 +35,15 @@ def compiled(
     r: int = 128,
     dtype: torch.dtype = torch.bfloat16,
     act: str = "silu",
+    family: str = "lowrank",
 ) -> dict[str, tuple[Report, int]]:
     """Name of each kernel of a call: its report, and the 16-byte weight loads that a thread has in flight."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    fp32, int8 = torch.float32, torch.int8
-    predictor = [empty(r, d, dtype=int8), empty(r, dtype=fp32), empty(f, r, dtype=int8), empty(f, dtype=fp32)]
-    predictor = [*predictor, empty(f, dtype=fp32)] if r else []
-    weights = empty(f, d), empty(f, d), empty(f, d), empty(f, dtype=fp32)
+    predictor = [part.to("meta") for part in random_predictor(family, d, f, r)] if r else []
+    weights = empty(f, d), empty(f, d), empty(f, d), empty(f, dtype=torch.float32)
     launches, _, _ = triton.plan(empty(n, d), *weights, act, predictor, TARGETS[target])
     reports = {}
     for launch in launches:
@@ -81,10 +81,11 @@ def resident(target: str, report: Report) -> int:
     return min(16, 65536 // (registers * THREADS))
 
 
+@pytest.mark.parametrize(("family", "first"), [("lowrank", "hidden_kernel"), ("lowbit", "round_kernel")])
 @pytest.mark.parametrize("target", TARGETS)
-def test_resources_and_loads(target: str) -> None:
-    reports = compiled(target)
-    assert [*reports] == ["hidden_kernel", "gate_up_kernel", "down_kernel"]
+def test_resources_and_loads(target: str, family: str, first: str) -> None:
+    reports = compiled(target, family=family)
+    assert [*reports] == [first, "gate_up_kernel", "down_kernel"]
     for name, (report, loads) in reports.items():
         check_resources(target, report)
         check_loads(target, name, report, loads)
@@ -92,11 +93,12 @@ def test_resources_and_loads(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", triton.DTYPES, ids=str)
-@pytest.mark.parametrize("r", [0, 128], ids=["exact", "predicted"])
+@pytest.mark.parametrize("family", [*FAMILIES, None])
 @pytest.mark.parametrize("n", range(1, 9))
 @pytest.mark.parametrize("target", TARGETS)
-def test_resources_and_loads_of_all_batches(target: str, n: int, r: int, dtype: torch.dtype) -> None:
-    for name, (report, loads) in compiled(target, n, 2048, 8192, r, dtype).items():
+def test_resources_and_loads_of_all_batches(target: str, n: int, family: str | None, dtype: torch.dtype) -> None:
+    rank = 128 if family else 0
+    for name, (report, loads) in compiled(target, n, 2048, 8192, rank, dtype, family=family or "lowrank").items():
         check_resources(target, report)
         check_loads(target, name, report, loads)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as functional
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
+from predictors import FAMILIES, random_predictor
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -36,18 +37,18 @@ def ffn_arguments(
     act: str = "silu",
     density: float = 0.4,
     drop: float = 0.3,
+    family: str = "lowrank",
 ) -> list:
     """Arguments of gated_ffn, in which about `density` is selected and `drop` of that dropped by the rule."""
     torch.manual_seed(rows)
     d, f, r = sizes
     x = torch.randn(rows, d).to(dtype)
     gate, up, down = ((torch.randn(f, d) / d**0.5).to(dtype) for _ in range(3))
-    w1, w2 = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((r, d), (f, r)))
-    s1, s2 = torch.rand(r) / 100, torch.rand(f) / 100 + 0.001
-    scores = naive.predictor_scores(x, w1, s1, w2, s2, torch.zeros(f))
-    bias = torch.full((f,), -cut(scores, 0.6))
+    predictor = random_predictor(family, d, f, r, seed=rows)
+    predictor[-1] = torch.zeros(f)
+    predictor[-1] -= cut(naive.predictor_scores(x, predictor, naive.ACTIVATIONS[act]), 1 - density)
     a = naive.ACTIVATIONS[act](x.float() @ gate.float().T) * (x.float() @ up.float().T)
-    return [x, gate, up, down, torch.full((f,), cut(a.abs(), 0.3)), act, [w1, s1, w2, s2, bias]]
+    return [x, gate, up, down, torch.full((f,), cut(a.abs(), drop)), act, predictor]
 
 
 def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -61,25 +62,27 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [ODD, (64, 128, 16), (3, 5, 1), (160, 300, 40)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_equals_naive(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
-    arguments = ffn_arguments(rows, dtype, sizes)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_naive(family: str, rows: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    arguments = ffn_arguments(rows, dtype, sizes, family=family)
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
     arguments[-1] = []
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
 
 
 @pytest.mark.parametrize("act", naive.ACTIVATIONS)
-def test_activations(act: str) -> None:
-    arguments = ffn_arguments(3, torch.float32, act=act)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations(family: str, act: str) -> None:
+    arguments = ffn_arguments(3, torch.float32, act=act, family=family)
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("predicted", [True, False])
-def test_rows_equal_batch_of_one_bitwise(dtype: torch.dtype, predicted: bool) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, None])
+def test_rows_equal_batch_of_one_bitwise(dtype: torch.dtype, family: str | None) -> None:
     for rows in range(1, 9):
-        arguments = ffn_arguments(rows, dtype)
-        rest = [*arguments[1:-1], arguments[-1] if predicted else []]
+        arguments = ffn_arguments(rows, dtype, family=family or "lowrank")
+        rest = [*arguments[1:-1], arguments[-1] if family else []]
         y, counts = cpu.gated_ffn(arguments[0], *rest)
         for n in range(rows):
             y_one, counts_one = cpu.gated_ffn(arguments[0][n : n + 1], *rest)
@@ -87,8 +90,9 @@ def test_rows_equal_batch_of_one_bitwise(dtype: torch.dtype, predicted: bool) ->
             assert torch.equal(counts_one[0], counts[n])
 
 
-def test_any_number_of_threads_bitwise() -> None:
-    arguments = ffn_arguments(2, torch.bfloat16, (160, 1000, 40))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_threads_bitwise(family: str) -> None:
+    arguments = ffn_arguments(2, torch.bfloat16, (160, 1000, 40), family=family)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
@@ -102,11 +106,12 @@ def test_any_number_of_threads_bitwise() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5])
-def test_rows_that_are_not_needed_are_not_read(dtype: torch.dtype, rows: int) -> None:
-    arguments = ffn_arguments(rows, dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_are_not_needed_are_not_read(family: str, dtype: torch.dtype, rows: int) -> None:
+    arguments = ffn_arguments(rows, dtype, family=family)
     x, gate, up, down, threshold, act, predictor = arguments
     expected = cpu.gated_ffn(*arguments)
-    selected = naive.predictor_scores(x, *predictor) > 0
+    selected = naive.predictor_scores(x, predictor, naive.ACTIVATIONS[act]) > 0
     a = naive.ACTIVATIONS[act](x.float() @ gate.float().T) * (x.float() @ up.float().T)
     kept = selected & (a.abs() >= threshold)
     assert not selected.any(0).all()
@@ -120,8 +125,9 @@ def test_rows_that_are_not_needed_are_not_read(dtype: torch.dtype, rows: int) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_and_everything_active(dtype: torch.dtype) -> None:
-    arguments = ffn_arguments(3, dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_and_everything_active(family: str, dtype: torch.dtype) -> None:
+    arguments = ffn_arguments(3, dtype, family=family)
     predictor = arguments[-1]
     predictor[-1] = torch.full_like(predictor[-1], -1e9)
     y, counts = cpu.gated_ffn(*arguments)
@@ -143,6 +149,27 @@ def test_not_a_number_is_not_kept() -> None:
     arguments[1][7] = float("nan")
     arguments[-1] = []
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_input_that_is_not_finite_spoils_its_own_row_only(family: str, value: float) -> None:
+    arguments = ffn_arguments(3, torch.float32, family=family)
+    before = cpu.gated_ffn(*arguments)
+    arguments[0][1, 5] = value
+    found, expected = cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments)
+    for n in (0, 2):
+        assert torch.equal(found[0][n], before[0][n])
+    if family == "lowbit":  # nothing is selected, by any backend
+        assert found[1][1].tolist() == expected[1][1].tolist() == [0, 0]
+
+
+def test_a_row_of_zeros_selects_by_its_bias() -> None:
+    arguments = ffn_arguments(2, torch.float32, family="lowbit")
+    arguments[0][1] = 0
+    arguments[-1][-1][:10] = 0.5
+    assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
+    assert cpu.gated_ffn(*arguments)[1][1, 0] == 10
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,6 +216,7 @@ def test_attend(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> No
 
 def test_bad_arguments_are_refused() -> None:
     x, gate, up, down, threshold, act, predictor = ffn_arguments(1, torch.float32)
+    lowbit = random_predictor("lowbit", *ODD)
     for changed, message in [
         ((torch.randn(9, 65), gate, up, down, threshold, act, []), r"x has shape \[9, 65\].*N from 1 to 8"),
         ((x[0], gate, up, down, threshold, act, []), r"x has shape \[65\]"),
@@ -202,6 +230,8 @@ def test_bad_arguments_are_refused() -> None:
         ((x, gate, up, down, threshold, act, predictor[:3]), "predictor has 3 tensors"),
         ((x, gate, up, down, threshold, act, [predictor[0].float(), *predictor[1:]]), "w1 is float32, expected int8"),
         ((x, gate, up, down, threshold, act, [*predictor[:4], threshold[1:]]), r"bias has shape \[192\]"),
+        ((x, gate, up, down, threshold, act, [lowbit[0][:, 1:], *lowbit[1:]]), r"gate_codes has shape \[193, 16\]"),
+        ((x, gate, up, down, threshold, act, [lowbit[0].char(), *lowbit[1:]]), "gate_codes is int8, expected uint8"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             cpu.gated_ffn(*changed)
@@ -222,6 +252,7 @@ def test_bad_arguments_are_refused() -> None:
 def test_opcheck() -> None:
     arguments = ffn_arguments(2, torch.bfloat16)
     torch.library.opcheck(torch.ops.moyu.gated_ffn.default, arguments)
+    torch.library.opcheck(torch.ops.moyu.gated_ffn.default, ffn_arguments(2, torch.bfloat16, family="lowbit"))
     torch.library.opcheck(torch.ops.moyu.gated_ffn.default, [*arguments[:-1], []])
     torch.library.opcheck(torch.ops.moyu.linear.default, (arguments[0], arguments[1], None))
     q, k = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 6, 8)
@@ -247,8 +278,9 @@ build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
-    tests.test_equals_naive(3, tests.ODD, dtype)
-    tests.test_rows_equal_batch_of_one_bitwise(dtype, True)
+    for family in tests.FAMILIES:
+        tests.test_equals_naive(family, 3, tests.ODD, dtype)
+        tests.test_rows_equal_batch_of_one_bitwise(dtype, family)
     tests.test_linear(dtype, True)
     tests.test_attend(dtype, (2, 4, 4, 37, 33))
 """

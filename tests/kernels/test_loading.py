@@ -12,6 +12,7 @@ from moyu_kernels import SparseGatedFFN, from_pretrained
 from moyu_kernels.loading import CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
+from predictors import FAMILIES
 from safetensors.torch import load_file
 from sparse_checkpoints import NEURONS, tiny_llama, write_manifest
 from transformers import (
@@ -58,8 +59,9 @@ def test_rule_equals_stock_model_under_the_mask(checkpoint: Factory, backend: st
     assert 0 < counts[2] < counts[1] == 25 * NEURONS
 
 
-def test_predicted_skips_and_modes_switch(checkpoint: Factory) -> None:
-    model = from_pretrained(checkpoint(threshold=0.0))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_skips_and_modes_switch(checkpoint: Factory, family: str) -> None:
+    model = from_pretrained(checkpoint(threshold=0.0, family=family))
     ids = torch.randint(128, (1, 4))
     model(ids)
     ffn = model.model.layers[0].mlp
@@ -73,11 +75,12 @@ def test_predicted_skips_and_modes_switch(checkpoint: Factory) -> None:
     assert not torch.allclose(dense, predicted, rtol=0.1, atol=0.1)
 
 
-def test_to_dtype_keeps_the_state(checkpoint: Factory) -> None:
-    model = from_pretrained(checkpoint()).to(torch.float32)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_dtype_keeps_the_state(checkpoint: Factory, family: str) -> None:
+    model = from_pretrained(checkpoint(family=family)).to(torch.float32)
     ffn = model.model.layers[0].mlp
     assert ffn.threshold.dtype == torch.float32
-    assert [t.dtype for t in ffn.predictor] == [torch.int8, torch.float32, torch.int8, torch.float32, torch.float32]
+    assert {t.dtype for t in ffn.predictor} == {torch.float32, torch.int8 if family == "lowrank" else torch.uint8}
     assert ffn.counts.dtype == torch.int64
     before = [t.clone() for t in (ffn.threshold, *ffn.predictor)]
     model.to(torch.bfloat16).to(torch.float16)
@@ -101,7 +104,7 @@ def test_round_trip_is_bitwise_and_stays_loud(checkpoint: Factory, tmp_path: Pat
 
 def test_no_predictor_is_announced(checkpoint: Factory, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        model = from_pretrained(checkpoint(predictors=False))
+        model = from_pretrained(checkpoint(family=None))
     assert "no predictor" in caplog.text
     assert model.model.layers[0].mlp.mode == "rule"
 
@@ -128,6 +131,14 @@ def test_stale_predictor(checkpoint: Factory) -> None:
     folder = checkpoint()
     write_manifest(folder, "0" * 64)
     with pytest.raises(CheckpointError, match="predictor is stale"):
+        from_pretrained(folder)
+
+
+def test_unknown_predictor_family(checkpoint: Factory) -> None:
+    folder = checkpoint()
+    rewrite(folder / "config.json", lambda data: data["moyu"]["predictor"].update(family="psychic"))
+    reseal(folder)
+    with pytest.raises(CheckpointError, match="predictor family 'psychic' is unknown"):
         from_pretrained(folder)
 
 
@@ -190,14 +201,14 @@ def test_other_layouts_are_masked_and_announced(
         stock = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
         blocks = [block("model.layers.0.mlp.experts", layout, "gate_up_proj", "down_proj", experts=4)]
     stock.eval()
-    folder = checkpoint(stock, blocks=blocks, threshold=1e9, predictors=False)
+    folder = checkpoint(stock, blocks=blocks, threshold=1e9, family=None)
     with caplog.at_level(logging.WARNING):
         model = from_pretrained(folder)
     assert "is simulated: mask after a dense matmul" in caplog.text
     ids = torch.randint(64, (1, 6))
     assert not torch.allclose(model(ids).logits, stock(ids).logits, atol=1e-3)
     shutil.rmtree(folder)
-    model = from_pretrained(checkpoint(stock, blocks=blocks, threshold=0.0, predictors=False))
+    model = from_pretrained(checkpoint(stock, blocks=blocks, threshold=0.0, family=None))
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
+from predictors import FAMILIES, random_predictor
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -31,7 +32,13 @@ def poisoned() -> Iterator[None]:
 
 
 def make(
-    n: int, d: int = 65, f: int = 193, r: int = 17, dtype: torch.dtype = torch.float32, shift: float = 0.0
+    n: int,
+    d: int = 65,
+    f: int = 193,
+    r: int = 17,
+    dtype: torch.dtype = torch.float32,
+    shift: float = 0.0,
+    family: str = "lowrank",
 ) -> dict[str, Any]:
     """Arguments of `gated_ffn`; r 0 is exact mode; half of the neurons are selected, fewer where shift is below 0."""
     g = torch.Generator().manual_seed(n + d + f + r)
@@ -39,11 +46,10 @@ def make(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g)
 
-    def int8(*shape: int) -> Tensor:
-        return torch.randint(-127, 128, shape, generator=g, dtype=torch.int8)
-
     x, gate, up, down = normal(n, d), normal(f, d) / d**0.5, normal(f, d) / d**0.5, normal(f, d) / f**0.5
-    scales = torch.rand(r, generator=g) / 73 / d**0.5, torch.rand(f, generator=g) / 73 / max(r, 1) ** 0.5
+    predictor = random_predictor(family, d, f, r, seed=n + d + f + r) if r else []
+    if r:
+        predictor[-1] = predictor[-1] + 0.1 * normal(f) + shift
     return {
         "x": x.to(dtype),
         "gate": gate.to(dtype),
@@ -51,7 +57,7 @@ def make(
         "down": down.to(dtype),
         "threshold": 0.2 * torch.rand(f, generator=g),
         "act": "silu",
-        "predictor": [int8(r, d), scales[0], int8(f, r), scales[1], 0.1 * normal(f) + shift] if r else [],
+        "predictor": predictor,
     }
 
 
@@ -61,7 +67,7 @@ def masks(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     a = naive.ACTIVATIONS[args["act"]](x @ args["gate"].float().T) * (x @ args["up"].float().T)
     selected = torch.ones_like(a, dtype=torch.bool)
     if args["predictor"]:
-        selected = naive.predictor_scores(x, *args["predictor"]) > 0
+        selected = naive.predictor_scores(x, args["predictor"], naive.ACTIVATIONS[args["act"]]) > 0
     return selected, selected & (a.abs() >= threshold) & (a != 0)
 
 
@@ -95,8 +101,9 @@ def test_under_the_interpreter() -> None:
     ("n", "dtype"),
     [(1, torch.bfloat16), (3, torch.bfloat16), (3, torch.float16), (3, torch.float32), (8, torch.float32)],
 )
-def test_predicted(n: int, dtype: torch.dtype) -> None:
-    args = make(n, dtype=dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted(family: str, n: int, dtype: torch.dtype) -> None:
+    args = make(n, dtype=dtype, family=family)
     selected, kept = masks(args)
     assert 0.3 < selected.float().mean() < 0.7
     assert 0.1 < kept.float().mean() < selected.float().mean() - 0.1
@@ -125,8 +132,20 @@ def test_activations(act: str) -> None:
         (1, 24, 4100, 5, -0.4),  # four larger blocks a chain, five programs a tile
     ],
 )
-def test_sizes(n: int, d: int, f: int, r: int, shift: float) -> None:
-    check(make(n, d, f, r, shift=shift))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes(family: str, n: int, d: int, f: int, r: int, shift: float) -> None:
+    check(make(n, d, f, r, shift=shift, family=family))
+
+
+@interpreted
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
+    args = make(2, family="lowbit")
+    y, counts = run(args)
+    args["x"][1, 3] = value
+    spoiled, spoiled_counts = run(args)
+    assert torch.equal(spoiled[0], y[0])
+    assert counts[1, 0] > spoiled_counts[1, 0] == 0
 
 
 @interpreted
@@ -158,9 +177,9 @@ def test_ties_are_kept_and_zeros_are_not() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("r", [0, 17])
-def test_row_equals_its_batch_of_one(r: int) -> None:
-    args = make(8, f=97, r=r)
+@pytest.mark.parametrize(("r", "family"), [(0, "lowrank"), (17, "lowrank"), (17, "lowbit")])
+def test_row_equals_its_batch_of_one(r: int, family: str) -> None:
+    args = make(8, f=97, r=r, family=family)
     y, counts = run(args)
     for row in (0, 6):
         alone, alone_counts = run(args | {"x": args["x"][row : row + 1]})
@@ -215,8 +234,8 @@ def test_library_checks() -> None:
     torch.library.opcheck(triton.gated_ffn, tuple(make(2, 16, 32, 4).values()))
 
 
-@pytest.mark.parametrize(("r", "launches"), [(0, 2), (17, 3)])
-def test_nothing_but_kernels_is_launched(r: int, launches: int) -> None:
+@pytest.mark.parametrize(("r", "family", "launches"), [(0, "lowrank", 2), (17, "lowrank", 3), (17, "lowbit", 3)])
+def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> None:
     from moyu_kernels.ops.ffn import triton
     from torch.utils._python_dispatch import TorchDispatchMode
     from triton.backends.compiler import GPUTarget
@@ -228,7 +247,7 @@ def test_nothing_but_kernels_is_launched(r: int, launches: int) -> None:
             calls.append(str(call))
             return call(*args, **(kwargs or {}))
 
-    args = make(2, r=r)
+    args = make(2, r=r, family=family)
     torch.use_deterministic_algorithms(False)
     with Recorder():
         plan, _, _ = triton.plan(**args, target=GPUTarget("cuda", 90, 32))

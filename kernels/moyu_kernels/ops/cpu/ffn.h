@@ -7,37 +7,12 @@
 #include <cmath>
 #include <optional>
 
-#include "common.h"
+#include "predict.h"
 
 namespace moyu {
 
 constexpr int64_t BLOCK = 128;  // most neurons of one range
 constexpr int GROUP = 8;        // down rows added in one pass over the accumulator
-
-enum class Act { silu, relu, gelu, gelu_tanh };
-
-Act parse_act(const std::string& name) {
-  if (name == "silu") return Act::silu;
-  if (name == "relu") return Act::relu;
-  if (name == "gelu") return Act::gelu;
-  if (name == "gelu_tanh") return Act::gelu_tanh;
-  REQUIRE(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
-}
-
-inline float activate(Act act, float g) {
-  switch (act) {
-    case Act::silu: return g / (1.0f + std::exp(-g));
-    case Act::relu: return g > 0.0f ? g : 0.0f;
-    case Act::gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
-    default: return 0.5f * g * (1.0f + std::tanh(0.79788456f * (g + 0.044715f * g * g * g)));
-  }
-}
-
-struct Predictor {
-  const int8_t *w1, *w2;
-  const float *s1, *s2, *bias;
-  int64_t rank;
-};
 
 // The neurons of one range that some row uses: bit n of mask[j] stands for row n, list holds the j with any bit set.
 struct Selection {
@@ -66,38 +41,19 @@ struct Selection {
 template <class W>
 struct Ffn {
   const W *gate, *up, *down;
-  const float *threshold, *x, *hidden;
-  std::optional<Predictor> predictor;
+  const float *threshold, *x;
+  std::optional<LowRank> lowrank;
+  std::optional<LowBit> lowbit;
   Act act;
-  int64_t rows, d, neurons, stride, hidden_stride, block;
-
-  // Rows r .. end of the predictor's first matrix: writes them to `out` [rows, hidden_stride]. plain: x in plain order.
-  void hidden_rows(int64_t r, int64_t end, const float* plain, float* out) const {
-    for (; r < end; r += 4)
-      dots_tiled(rows_from<4>(predictor->w1, d, r, end), Rows<int8_t, 0>(), plain, rows, stride, d,
-                 [&](int m, int64_t n, float value) {
-                   const int64_t j = std::min(r + m, end - 1);
-                   out[n * hidden_stride + j] = value * predictor->s1[j];
-                 });
-  }
+  int64_t rows, d, neurons, stride, block;
 
   // The selected neurons of a range, all of them without a predictor; none of range -1.
   void select(int64_t range, Selection& s) const {
     s.first = std::max<int64_t>(range, 0) * block;
     s.size = range < 0 ? 0 : std::min(block, neurons - s.first);
-    std::fill(s.mask, s.mask + s.size, predictor ? 0 : (1 << rows) - 1);
-    if (predictor) {
-      const int64_t end = s.first + s.size, rank = predictor->rank;
-      float scores[MAX_ROWS][BLOCK];
-      // Fetches the same rows of the next range, which is this thread's next one as a rule.
-      for (int64_t f = s.first; f < end; f += 4)
-        dots_tiled(rows_from<4>(predictor->w2, rank, f, end), rows_from<4>(predictor->w2, rank, f + block, neurons),
-                   hidden, rows, hidden_stride, rank,
-                   [&](int m, int64_t n, float value) { scores[n][f - s.first + m] = value; });
-      const float *s2 = predictor->s2 + s.first, *bias = predictor->bias + s.first;
-      for (int64_t n = 0; n < rows; ++n)
-        for (int64_t j = 0; j < s.size; ++j) s.mask[j] |= (scores[n][j] * s2[j] + bias[j] > 0.0f) << n;
-    }
+    std::fill(s.mask, s.mask + s.size, lowrank || lowbit ? 0 : (1 << rows) - 1);
+    if (lowrank) lowrank->select<BLOCK>(s.first, s.size, block, s.mask);
+    if (lowbit && s.size) lowbit->select<BLOCK>(s.first, s.size, block, s.mask);
     s.compact();
   }
 
@@ -180,16 +136,19 @@ template <class W>
 void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& threshold,
              Act act, const std::vector<Tensor>& predictor, Tensor& y, Tensor& counts) {
   const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
-  const int64_t rank = predictor.empty() ? 0 : predictor[0].size(0), hidden_stride = padded(rank);
+  const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6;
+  const int64_t rank = lowrank ? predictor[0].size(0) : 0, hidden_stride = padded(rank), plane = plane_of(d);
   const int64_t block = neurons <= 4096 ? BLOCK / 2 : BLOCK;
   const int64_t ranges = (neurons + block - 1) / block;
   static thread_local std::vector<float> scratch;
   static thread_local std::vector<int32_t> range_counts;
+  static thread_local std::vector<int8_t> rounded;
   scratch.resize(rows * (2 * stride + hidden_stride + ranges * stride));
   range_counts.resize(ranges * rows * 2);
   float *wide = scratch.data(), *plain = wide + rows * stride, *hidden = plain + rows * stride,
         *partial = hidden + rows * hidden_stride;
-  int32_t* tally = range_counts.data();
+  int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
+  float steps[MAX_ROWS];
   widen_input<W>(x, wide, stride);
 
   Ffn<W> ffn{data<const W>(gate),
@@ -197,36 +156,40 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
              data<const W>(down),
              data<const float>(threshold),
              wide,
-             hidden,
+             std::nullopt,
              std::nullopt,
              act,
              rows,
              d,
              neurons,
              stride,
-             hidden_stride,
              block};
-  if (rank > 0) {
-    ffn.predictor =
-        Predictor{data<const int8_t>(predictor[0]), data<const int8_t>(predictor[2]), data<const float>(predictor[1]),
-                  data<const float>(predictor[3]),  data<const float>(predictor[4]),  rank};
-    widen_input<W, int8_t>(x, plain, stride);
+  if (lowrank || lowbit) widen_input<W, int8_t>(x, plain, stride);
+  const auto floats = [&](int i) { return data<const float>(predictor[i]); };
+  if (lowrank) {
     std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
+    ffn.lowrank = LowRank{data<const int8_t>(predictor[0]), data<const int8_t>(predictor[2]), floats(1), floats(3),
+                          floats(4), plain, rank, rows, d, stride, neurons, hidden, hidden_stride};
   }
-  constexpr int64_t PART = 16;  // rows of the predictor's first matrix that a thread claims at once
-  const int64_t parts = (rank + PART - 1) / PART;
+  if (lowbit) {
+    rounded.assign(rows * 4 * plane, 0);
+    for (int64_t n = 0; n < rows; ++n)
+      steps[n] = round_row(plain + n * stride, d, rounded.data() + n * 4 * plane, sums[n]);
+    ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]), data<const uint8_t>(predictor[2]), floats(1), floats(3),
+                        floats(4), floats(5), Rounded{rounded.data(), (d + 3) / 4, plane, steps, sums}, rows, neurons,
+                        act};
+  }
+  const int64_t parts = lowrank ? ffn.lowrank->parts() : 0;
   Claims claims(ranges), part_claims(parts);
   std::atomic<int64_t> parts_done{0};
   claims.run([&](int64_t thread) {
     Selection pair[2];
     typename Ffn<W>::Kept kept;
     int64_t range = claims.claim(thread);
-    if (rank > 0) {
-      for (int64_t part; (part = part_claims.claim(thread)) >= 0; parts_done.fetch_add(1, std::memory_order_release))
-        ffn.hidden_rows(part * PART, std::min(rank, (part + 1) * PART), plain, hidden);
-      // What is not done now is being done by a thread that runs: this cannot wait for ever.
-      for (int spins = 0; parts_done.load(std::memory_order_acquire) < parts; ++spins) pause(spins);
-    }
+    for (int64_t part; (part = part_claims.claim(thread)) >= 0; parts_done.fetch_add(1, std::memory_order_release))
+      ffn.lowrank->prepare(part);
+    // What is not done now is being done by a thread that runs: this cannot wait for ever.
+    for (int spins = 0; parts_done.load(std::memory_order_acquire) < parts; ++spins) pause(spins);
     ffn.select(range, pair[0]);
     for (int turn = 0; range >= 0; turn ^= 1) {
       const int64_t after = claims.claim(thread);

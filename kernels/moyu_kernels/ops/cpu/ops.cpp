@@ -10,6 +10,31 @@
 
 namespace moyu {
 
+void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64_t d, int64_t neurons) {
+  if (predictor.empty()) return;
+  REQUIRE(predictor.size() == 5 || predictor.size() == 6, op, ": predictor has ", predictor.size(),
+          " tensors, expected none, [w1, s1, w2, s2, bias] or [gate_codes, gate_scale, up_codes, up_scale, weight, "
+          "bias]");
+  if (predictor.size() == 5) {
+    REQUIRE(predictor[0].dim() == 2 && predictor[0].size(0) >= 1, op, ": predictor w1 has shape ",
+            shape_of(predictor[0]), ", expected [R, D]");
+    const int64_t rank = predictor[0].size(0);
+    check(op, "predictor w1", predictor[0], {rank, d}, ScalarType::Char);
+    check(op, "predictor s1", predictor[1], {rank}, ScalarType::Float);
+    check(op, "predictor w2", predictor[2], {neurons, rank}, ScalarType::Char);
+    check(op, "predictor s2", predictor[3], {neurons}, ScalarType::Float);
+    check(op, "predictor bias", predictor[4], {neurons}, ScalarType::Float);
+  } else {
+    const int64_t bytes = (d + 3) / 4;
+    check(op, "predictor gate_codes", predictor[0], {neurons, bytes}, ScalarType::Byte);
+    check(op, "predictor gate_scale", predictor[1], {neurons}, ScalarType::Float);
+    check(op, "predictor up_codes", predictor[2], {neurons, bytes}, ScalarType::Byte);
+    check(op, "predictor up_scale", predictor[3], {neurons}, ScalarType::Float);
+    check(op, "predictor weight", predictor[4], {neurons}, ScalarType::Float);
+    check(op, "predictor bias", predictor[5], {neurons}, ScalarType::Float);
+  }
+}
+
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
                                      const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor) {
   const char* op = "gated_ffn";
@@ -25,18 +50,7 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "up", up, {neurons, d}, dtype);
     check(op, "down", down, {neurons, d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
-    REQUIRE(predictor.empty() || predictor.size() == 5, op, ": predictor has ", predictor.size(),
-            " tensors, expected none or [w1, s1, w2, s2, bias]");
-    if (!predictor.empty()) {
-      REQUIRE(predictor[0].dim() == 2 && predictor[0].size(0) >= 1, op, ": predictor w1 has shape ",
-              shape_of(predictor[0]), ", expected [R, D]");
-      const int64_t rank = predictor[0].size(0);
-      check(op, "predictor w1", predictor[0], {rank, d}, ScalarType::Char);
-      check(op, "predictor s1", predictor[1], {rank}, ScalarType::Float);
-      check(op, "predictor w2", predictor[2], {neurons, rank}, ScalarType::Char);
-      check(op, "predictor s2", predictor[3], {neurons}, ScalarType::Float);
-      check(op, "predictor bias", predictor[4], {neurons}, ScalarType::Float);
-    }
+    check_predictor(op, predictor, d, neurons);
     run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, y, counts);
   });
   return {y, counts};

@@ -18,16 +18,83 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def predictor_scores(x: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, bias: Tensor) -> Tensor:
+# Tensors of a predictor by family, in the order in which the ops take them.
+PREDICTORS = {
+    "lowrank": ("w1", "s1", "w2", "s2", "bias"),
+    "lowbit": ("gate_codes", "gate_scale", "up_codes", "up_scale", "weight", "bias"),
+}
+
+
+def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
     """Score of each neuron; a neuron is selected where its score is above zero.
 
-    `score = s2 * (w2 @ (s1 * (w1 @ x))) + bias`, all in fp32: two matrices, no non-linearity between them.
-
-    Args: x `[N, D]` model dtype; w1 `[R, D]` int8; s1 `[R]` fp32; w2 `[F, R]` int8; s2 `[F]` fp32; bias `[F]` fp32.
+    Args: x `[N, D]` model dtype; predictor the tensors of a family in `PREDICTORS`; act the FFN's activation.
     Returns: `[N, F]` fp32.
+    """
+    if len(predictor) == len(PREDICTORS["lowrank"]):
+        return lowrank_scores(x, *predictor)
+    return lowbit_scores(x, act, *predictor)
+
+
+def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype that each tensor of a predictor must have for a block with D and F of `hidden` and `neurons`."""
+    vector = ((neurons,), torch.float32)
+    if len(predictor) == len(PREDICTORS["lowrank"]):
+        rank = len(predictor[0])
+        return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
+    codes = ((neurons, -(-hidden // 4)), torch.uint8)
+    return [codes, vector, codes, vector, vector, vector]
+
+
+def lowrank_scores(x: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, bias: Tensor) -> Tensor:
+    """`score = s2 * (w2 @ (s1 * (w1 @ x))) + bias`, all in fp32: two matrices, no non-linearity between them.
+
+    Args: x `[N, D]`; w1 `[R, D]` int8; s1 `[R]` fp32; w2 `[F, R]` int8; s2 `[F]` fp32; bias `[F]` fp32.
     """
     hidden = x.float() @ w1.float().T * s1
     return hidden @ w2.float().T * s2 + bias
+
+
+def lowbit_scores(
+    x: Tensor,
+    act: Callable[[Tensor], Tensor],
+    gate_codes: Tensor,
+    gate_scale: Tensor,
+    up_codes: Tensor,
+    up_scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """`score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias`: the FFN itself on 2-bit copies of its weights.
+
+    x8 is x rounded to int8 with a scale per row, so the products are sums of integers: exact, in any order.
+
+    Args: x `[N, D]`; codes `[F, ceil(D / 4)]` uint8 as `unpack_codes` reads them; scales, weight and bias `[F]` fp32.
+    """
+    top = x.float().abs().amax(-1, keepdim=True)
+    x8 = torch.where(top > 1e-30, x.float() * (top.reciprocal() * 127), 0.0).round()
+    step = top * (1 / 127)
+    gate, up = (
+        x8 @ unpack_codes(codes, x.shape[-1]).T * step * scale
+        for codes, scale in ((gate_codes, gate_scale), (up_codes, up_scale))
+    )
+    return weight * (act(gate) * up).abs().sqrt() + bias
+
+
+def unpack_codes(codes: Tensor, columns: int) -> Tensor:
+    """fp32 `[F, D]` of -3, -1, 1 and 3 from 2-bit codes `[F, Q]` uint8, Q = ceil(D / 4).
+
+    Bits 2k and 2k + 1 of byte j hold column k * Q + j: a vector of bytes then gives four runs of neighbouring columns.
+    """
+    planes = [(codes >> 2 * k) & 3 for k in range(4)]
+    return (torch.cat(planes, dim=1)[:, :columns].to(torch.float32) * 2).sub_(3)
+
+
+def pack_codes(levels: Tensor) -> Tensor:
+    """What `unpack_codes` undoes: levels `[F, D]` of -3, -1, 1 and 3; returns uint8 `[F, ceil(D / 4)]`."""
+    codes = functional.pad((levels + 3) / 2, (0, -levels.shape[1] % 4)).to(torch.uint8)
+    first, second, third, last = codes.chunk(4, dim=1)
+    return first | second << 2 | third << 4 | last << 6
 
 
 def gated_ffn(
@@ -45,11 +112,12 @@ def gated_ffn(
     zero. Everything after the dtype of the weights is fp32; the output is cast back to the dtype of `x`.
 
     Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32 (0 keeps all);
-        act a name from `ACTIVATIONS`; predictor `[]` or `[w1, s1, w2, s2, bias]` as in `predictor_scores`.
+        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
-    a = ACTIVATIONS[act](x.float() @ gate.float().T) * (x.float() @ up.float().T)
-    selected = predictor_scores(x, *predictor) > 0 if predictor else torch.ones_like(a, dtype=torch.bool)
+    function = ACTIVATIONS[act]
+    a = function(x.float() @ gate.float().T) * (x.float() @ up.float().T)
+    selected = predictor_scores(x, predictor, function) > 0 if predictor else torch.ones_like(a, dtype=torch.bool)
     kept = selected & (a.abs() >= threshold) & (a != 0)
     y = torch.where(kept, a, 0.0) @ down.float()
     counts = torch.stack([selected.sum(-1), kept.sum(-1)], dim=-1).to(torch.int32)

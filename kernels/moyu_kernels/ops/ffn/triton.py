@@ -1,8 +1,8 @@
 """Gated FFN with a dynamic mask in Triton: the rows of neurons that are not needed are never loaded.
 
-Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank. Two launches, three with a predictor;
-nothing is read back by the host. How the work is split, and why a row does not depend on its batch, is told in
-`triton_kernels.py`.
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor. Two launches, three with a
+predictor; nothing is read back by the host. `triton_kernels.py` tells how the work is split, and why a row does not
+depend on its batch.
 """
 
 from functools import cache
@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..aot import Launch
-from .naive import ACTIVATIONS
-from .triton_kernels import down_kernel, gate_up_kernel, hidden_kernel
+from .naive import ACTIVATIONS, PREDICTORS, predictor_shapes
+from .triton_kernels import down_kernel, gate_up_kernel
+from .triton_select import hidden_kernel, round_kernel
 
 MAX_ROWS = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +38,8 @@ def plan(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of one call with their scratch, and the outputs y and counts that they fill."""
     (n, d), f = x.shape, gate.shape[0]
-    r = predictor[0].shape[0] if predictor else 0
+    lowrank, lowbit = (len(predictor) == len(PREDICTORS[family]) for family in ("lowrank", "lowbit"))
+    r = predictor[0].shape[0] if lowrank else triton.cdiv(d, 4)
     # About 256 blocks and 64 chains, whatever the model: enough programs for a large GPU, few partial sums.
     block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
     blocks = triton.cdiv(f, block)
@@ -56,17 +58,21 @@ def plan(
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     y, counts = empty(n, d, dtype=x.dtype), empty(n, 2, dtype=torch.int32)
-    hidden = empty(n, r) if predictor else None
     values, neurons, lengths = empty(n, f), empty(f, dtype=torch.int32), empty(blocks, dtype=torch.int32)
     tallies, tickets = empty(2, n, blocks, dtype=torch.int32), empty(tiles, dtype=torch.int32)
     lists = (values, neurons, lengths, tallies, tickets)
 
     launches = []
-    if predictor:
-        w1, s1, *_ = predictor
-        constants = {"N": n, "COLUMNS": min(2048, max(2, triton.next_power_of_2(d)))}
-        launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), constants, options))
-    score = (hidden, *predictor[2:]) if predictor else (None,) * 4
+    score: tuple[Tensor | None, ...] = (None,) * 12
+    width = min(2048, max(2, triton.next_power_of_2(d)))
+    if lowrank:
+        hidden, (w1, s1, w2, s2, bias) = empty(n, r), predictor
+        launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), {"N": n, "COLUMNS": width}, options))
+        score = (hidden, w2, s2, *(None,) * 8, bias)
+    elif lowbit:
+        rounded = empty(n, 4 * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
+        launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"COLUMNS": width}, options))
+        score = (None, None, None, *rounded, *predictor)
     constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns}
     constants["STEPS"] = min(8 if n <= 4 else 4, triton.cdiv(d, columns))
     launches.append(
@@ -113,9 +119,11 @@ def _check(
         )
     if gate.dim() != 2 or 0 in gate.shape:
         raise ValueError(f"gate has shape {list(gate.shape)}: expected [F, D]")
-    if len(predictor) not in (0, 5) or any(0 in part.shape for part in predictor):
+    names = next((names for names in ((), *PREDICTORS.values()) if len(names) == len(predictor)), None)
+    if names is None or any(0 in part.shape for part in predictor):
         shapes = [list(part.shape) for part in predictor]
-        raise ValueError(f"predictor has shapes {shapes}: expected [] or [w1, s1, w2, s2, bias], none of them empty")
+        families = " or ".join(f"[{', '.join(names)}]" for names in ((), *PREDICTORS.values()))
+        raise ValueError(f"predictor has shapes {shapes}: expected {families}, none of them empty")
     f, d = gate.shape
     expected = {
         "x": (x, (x.shape[0], d), x.dtype),
@@ -125,15 +133,8 @@ def _check(
         "threshold": (threshold, (f,), torch.float32),
     }
     if predictor:
-        w1, s1, w2, s2, bias = predictor
-        r = s1.numel()
-        expected |= {
-            "w1": (w1, (r, d), torch.int8),
-            "s1": (s1, (r,), torch.float32),
-            "w2": (w2, (f, r), torch.int8),
-            "s2": (s2, (f,), torch.float32),
-            "bias": (bias, (f,), torch.float32),
-        }
+        needed = predictor_shapes(predictor, d, f)
+        expected |= {name: (part, *want) for name, part, want in zip(names, predictor, needed, strict=True)}
     for name, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(
@@ -161,8 +162,7 @@ def gated_ffn(
     """`naive.gated_ffn` for 1 to 8 rows; 2 launches, or 3 with a predictor.
 
     Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
-        `ACTIVATIONS`; predictor `[]` or `[w1 [R, D] int8, s1 [R] fp32, w2 [F, R] int8, s2 [F] fp32, bias [F] fp32]`.
-        All contiguous and on one device.
+        `ACTIVATIONS`; predictor `[]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
     _check(x, gate, up, down, threshold, act, predictor)

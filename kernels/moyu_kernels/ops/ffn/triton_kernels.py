@@ -14,90 +14,25 @@ it multiplies it by zero, so weights must be finite.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _zeros(N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Tuple of N fp32 accumulators `[ROWS, COLUMNS]`."""
-    acc = ()
-    for _ in tl.static_range(N):
-        acc += (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    return acc
-
-
-@triton.jit
-def _halves(a):
-    """Even and odd columns of `[ROWS, COLUMNS]`, neighbours in the same thread: half as many accumulators."""
-    return tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
-
-
-@triton.jit
-def _activate(g, ACT: tl.constexpr):
-    """`ACTIVATIONS[ACT](g)` for fp32 g."""
-    if ACT == "silu":
-        return g * tl.sigmoid(g)
-    elif ACT == "relu":
-        return tl.maximum(g, 0.0)
-    elif ACT == "gelu":
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
-    else:
-        tl.static_assert(ACT == "gelu_tanh")
-        return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-
-
-@triton.jit
-def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """`hidden = s1 * (w1 @ x)`, one predictor row per program.
-
-    x `[N, D]`; w1 `[R, D]` int8; s1 `[R]` fp32. Out: hidden `[N, R]` fp32.
-    """
-    r = tl.program_id(0).to(tl.int64)
-    acc = _zeros(N, 1, COLUMNS // 2)
-    for start in range(0, D, COLUMNS):
-        d = start + tl.arange(0, COLUMNS)[None, :]
-        w0, w1 = _halves(tl.load(w1_ptr + r * D + d, mask=d < D, other=0).to(tl.float32))
-        new = ()
-        for n in tl.static_range(N):
-            x0, x1 = _halves(tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32))
-            new += (tl.fma(w1, x1, tl.fma(w0, x0, acc[n])),)
-        acc = new
-    scale = tl.load(s1_ptr + r)
-    for n in tl.static_range(N):
-        tl.store(hidden_ptr + n * R + r + tl.arange(0, 1), tl.sum(acc[n], 1) * scale)
-
-
-@triton.jit
-def _select(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr):
-    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
-    scale = tl.load(s2_ptr + f, mask=f < F, other=0.0)
-    bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
-    wanted = tl.zeros([BLOCK], tl.int32)
-    for n in tl.static_range(N):
-        acc = tl.zeros([BLOCK, RANKS], tl.float32)
-        for start in range(0, R, RANKS):
-            r = start + tl.arange(0, RANKS)[None, :]
-            inside = (f[:, None] < F) & (r < R)
-            w = tl.load(w2_ptr + f[:, None] * R + r, mask=inside, other=0).to(tl.float32)
-            # One pointer per element of w, though all neurons share the row: it loads where it is used.
-            h = tl.load(hidden_ptr + n * R + r + 0 * f[:, None], mask=inside, other=0.0)
-            acc = tl.fma(w, h, acc)
-        score = tl.sum(acc, 1) * scale + bias
-        wanted |= (score > 0).to(tl.int32) << n
-    return tl.where(f < F, wanted, 0)
+from .triton_select import activate, halves, select_lowbit, select_lowrank, zeros
 
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, gate_ptr, up_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr, bias_ptr,
+    x_ptr, gate_ptr, up_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
+    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
     SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
-    x `[N, D]`; gate, up `[F, D]`; threshold `[F]` fp32; hidden `[N, R]` fp32 or None (all are selected), then w2
-    `[F, R]` int8, s2, bias `[F]` fp32. Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the
-    first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept;
-    tickets `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
+    x `[N, D]`; gate, up `[F, D]`; threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
+    `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
+    `[F, R]` uint8 with R = ceil(D / 4), scales and weight `[F]` fp32; and bias `[F]` fp32.
+    Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the first `lengths[b]` entries of each
+    block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets `[C]` int32, zeroed here for
+    `down_kernel` so that no call needs a memset or finds a stale ticket.
     """
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -106,10 +41,15 @@ def gate_up_kernel(
 
     lane = tl.arange(0, BLOCK)
     f = block * BLOCK + lane
-    if hidden_ptr is None:
-        wanted = tl.where(f < F, (1 << N) - 1, 0)
+    if hidden_ptr is not None:
+        wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, BLOCK, RANKS)
+    elif x8_ptr is not None:
+        wanted = select_lowbit(
+            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
+            bias_ptr, f, F, R, ACT, N, BLOCK, 4096 // BLOCK,
+        )  # fmt: skip
     else:
-        wanted = _select(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, BLOCK, RANKS)
+        wanted = tl.where(f < F, (1 << N) - 1, 0)
     chosen = (wanted != 0).to(tl.int32)
     place = tl.where(wanted != 0, tl.cumsum(chosen, 0) - 1, BLOCK)
     selected = tl.sum(chosen, 0)
@@ -124,8 +64,8 @@ def gate_up_kernel(
         neuron = block * BLOCK + tl.sum(tl.where(hit, lane[None, :], 0), 1)
         live = slot < selected
 
-        gate_acc = _zeros(N, SLOTS, COLUMNS // 2)
-        up_acc = _zeros(N, SLOTS, COLUMNS // 2)
+        gate_acc = zeros(N, SLOTS, COLUMNS // 2)
+        up_acc = zeros(N, SLOTS, COLUMNS // 2)
         for start in range(0, D, COLUMNS * STEPS):
             weights = ()
             for step in tl.static_range(STEPS):
@@ -138,13 +78,13 @@ def gate_up_kernel(
             for step in tl.static_range(STEPS):
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 inside = live[:, None] & (d < D)
-                g0, g1 = _halves(weights[2 * step].to(tl.float32))
-                u0, u1 = _halves(weights[2 * step + 1].to(tl.float32))
+                g0, g1 = halves(weights[2 * step].to(tl.float32))
+                u0, u1 = halves(weights[2 * step + 1].to(tl.float32))
                 new_gate = ()
                 new_up = ()
                 for n in tl.static_range(N):
                     x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=inside, other=0.0)
-                    x0, x1 = _halves(x.to(tl.float32))
+                    x0, x1 = halves(x.to(tl.float32))
                     new_gate += (tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])),)
                     new_up += (tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])),)
                 gate_acc = new_gate
@@ -155,7 +95,7 @@ def gate_up_kernel(
         for n in tl.static_range(N):
             g = tl.where(row == n, tl.sum(gate_acc[n], 1)[:, None], g)
             u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
-        a = _activate(g, ACT) * u
+        a = activate(g, ACT) * u
         threshold = tl.load(threshold_ptr + neuron, mask=live, other=0.0)
         keep = ((bits[:, None] >> row) & 1 != 0) & (tl.abs(a) >= threshold[:, None]) & (a != 0)
         kept += keep.to(tl.int32)
@@ -201,7 +141,7 @@ def down_kernel(
         gaps += (BLOCK - length,)
 
     # One thread adds the neurons of a chain in ascending order: a neuron that only other rows keep adds zero.
-    acc = _zeros(N, CHAINS, COLUMNS)
+    acc = zeros(N, CHAINS, COLUMNS)
     for start in range(0, tl.max(total, 0), STEPS):
         neurons = ()
         for step in tl.static_range(STEPS):

@@ -1,0 +1,187 @@
+// Predictors of a range of neurons: scores from the FFN's input, before any of its weights is read.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "common.h"
+
+namespace moyu {
+
+enum class Act { silu, relu, gelu, gelu_tanh };
+
+Act parse_act(const std::string& name) {
+  if (name == "silu") return Act::silu;
+  if (name == "relu") return Act::relu;
+  if (name == "gelu") return Act::gelu;
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  REQUIRE(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
+}
+
+inline float activate(Act act, float g) {
+  switch (act) {
+    case Act::silu: return g / (1.0f + std::exp(-g));
+    case Act::relu: return g > 0.0f ? g : 0.0f;
+    case Act::gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
+    default: return 0.5f * g * (1.0f + std::tanh(0.79788456f * (g + 0.044715f * g * g * g)));
+  }
+}
+
+// activate() in place on `count` values, a multiple of LANES: silu, by far the commonest, in vectors.
+inline void activate_all(Act act, float* g, int64_t count) {
+  if (act != Act::silu) {
+    for (int64_t i = 0; i < count; ++i) g[i] = activate(act, g[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Vec v = load(g + i), e = exp_negative(v > 0.0f ? -v : v);
+    store(g + i, v * (v > 0.0f ? Vec{} + 1.0f : e) / (1.0f + e));
+  }
+}
+
+// Two matrices (naive.lowrank_scores).
+struct LowRank {
+  static constexpr int64_t PART = 16;  // rows of the first matrix that a thread claims at once
+  const int8_t *w1, *w2;
+  const float *s1, *s2, *bias, *x;  // x [rows, stride] in plain order
+  int64_t rank, rows, d, stride, neurons;
+  float* hidden;  // [rows, hidden_stride]
+  int64_t hidden_stride;
+
+  int64_t parts() const { return (rank + PART - 1) / PART; }
+
+  // Shared work before any score: rows of the first matrix.
+  void prepare(int64_t part) const {
+    const int64_t end = std::min(rank, (part + 1) * PART);
+    for (int64_t r = part * PART; r < end; r += 4)
+      dots_tiled(rows_from<4>(w1, d, r, end), Rows<int8_t, 0>(), x, rows, stride, d,
+                 [&](int m, int64_t n, float value) {
+                   const int64_t j = std::min(r + m, end - 1);
+                   hidden[n * hidden_stride + j] = value * s1[j];
+                 });
+  }
+
+  // Sets bit n of mask[j] where neuron first + j scores above zero for row n. `ahead`: the distance to the neurons that
+  // this thread scores next as a rule, whose rows are fetched.
+  template <int64_t SIZE>
+  void select(int64_t first, int64_t size, int64_t ahead, uint8_t* mask) const {
+    float scores[MAX_ROWS][SIZE];
+    for (int64_t f = first; f < first + size; f += 4)
+      dots_tiled(rows_from<4>(w2, rank, f, first + size), rows_from<4>(w2, rank, f + ahead, neurons), hidden, rows,
+                 hidden_stride, rank, [&](int m, int64_t n, float value) { scores[n][f - first + m] = value; });
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t j = 0; j < size; ++j) mask[j] |= (scores[n][j] * s2[first + j] + bias[first + j] > 0.0f) << n;
+  }
+};
+
+// x rounded to int8, as the 2-bit codes ask for it: column k * quarter + j of a row at k * plane + j.
+struct Rounded {
+  static constexpr int64_t STEP = 32;  // bytes of codes that are multiplied at once
+  const int8_t* values;                // [rows, 4, plane], zero from column D on
+  int64_t quarter, plane;
+  const float* step;    // [rows]
+  const int32_t* sums;  // [rows]
+
+  const int8_t* row(int64_t n) const { return values + n * 4 * plane; }
+};
+
+inline int64_t plane_of(int64_t d) { return ((d + 3) / 4 + Rounded::STEP - 1) / Rounded::STEP * Rounded::STEP; }
+
+// x [d] in plain order: its rounded values into out [4, plane], their sum; returns the step.
+inline float round_row(const float* x, int64_t d, int8_t* out, int32_t& sum) {
+  const int64_t quarter = (d + 3) / 4, plane = plane_of(d);
+  float top = 0.0f;
+  for (int64_t i = 0; i < d; ++i) {
+    const float size = std::fabs(x[i]);
+    if (!(size <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::quiet_NaN();  // selects none
+    top = std::max(top, size);
+  }
+  const float inverse = top > 1e-30f ? 1.0f / top * 127.0f : 0.0f;
+  for (int64_t k = 0; k < 4; ++k)
+    for (int64_t j = 0; j < std::min(quarter, d - k * quarter); ++j) {
+      const auto value = static_cast<int32_t>(std::nearbyint(x[k * quarter + j] * inverse));
+      out[k * plane + j] = static_cast<int8_t>(value);
+      sum += value;
+    }
+  return top * (1.0f / 127.0f);
+}
+
+#if defined(__AVX2__)
+inline __m256i load_codes(const uint8_t* p, int64_t left) {
+  if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (left == 16) return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  alignas(32) uint8_t buffer[32] = {};
+  memcpy(buffer, p, left);
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(buffer));
+}
+
+inline __m256i add_products(__m256i sum, __m256i codes, const int8_t* x) {
+  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(sum, codes, values);
+#else  // two products of at most 3 * 127 stay far below what 16 bits hold
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, values), _mm256_set1_epi16(1)));
+#endif
+}
+
+// out[m] = sum of code * x over rows codes.row[m] of `quarter` bytes.
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t quarter, int64_t plane, int32_t (&out)[4]) {
+  const __m256i two_bits = _mm256_set1_epi8(3);
+  __m256i sums[4] = {};
+  for (int64_t j = 0; j < quarter; j += Rounded::STEP)
+    for (int m = 0; m < 4; ++m) {
+      const __m256i c = load_codes(codes.row[m] + j, quarter - j);
+      sums[m] = add_products(sums[m], _mm256_and_si256(c, two_bits), x + j);
+      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 2), two_bits), x + plane + j);
+      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 4), two_bits), x + 2 * plane + j);
+      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 6), two_bits), x + 3 * plane + j);
+    }
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+  const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
+}
+#else
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t quarter, int64_t plane, int32_t (&out)[4]) {
+  for (int m = 0; m < 4; ++m) {
+    out[m] = 0;
+    for (int k = 0; k < 4; ++k)
+      for (int64_t j = 0; j < quarter; ++j) out[m] += ((codes.row[m][j] >> 2 * k) & 3) * x[k * plane + j];
+  }
+}
+#endif
+
+// 2-bit copies of gate and up (naive.lowbit_scores). All products are integers, so their order does not matter.
+struct LowBit {
+  const uint8_t *gate_codes, *up_codes;
+  const float *gate_scale, *up_scale, *weight, *bias;
+  Rounded x;
+  int64_t rows, neurons;
+  Act act;
+
+  // As LowRank::select.
+  template <int64_t SIZE>
+  void select(int64_t first, int64_t size, int64_t ahead, uint8_t* mask) const {
+    const int64_t end = first + size, bytes = 4 * x.quarter;
+    alignas(LINE) float gates[SIZE + 4] = {}, ups[SIZE + 4];
+    for (int64_t n = 0; n < rows; ++n) {
+      const auto products = [&](const uint8_t* codes, const float* scale, int64_t f, float* out) {
+        const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.quarter;
+        for (int64_t byte = 0; n == 0 && byte < bytes; byte += LINE) __builtin_prefetch(later + byte, 0, 2);
+        int32_t dots[4];
+        code_dots(rows_from<4>(codes, x.quarter, f, end), x.row(n), x.quarter, x.plane, dots);
+        for (int m = 0; m < 4; ++m)
+          out[f - first + m] =
+              static_cast<float>(2 * dots[m] - 3 * x.sums[n]) * x.step[n] * scale[std::min(f + m, end - 1)];
+      };
+      for (int64_t f = first; f < end; f += 4) {
+        products(gate_codes, gate_scale, f, gates);
+        products(up_codes, up_scale, f, ups);
+      }
+      activate_all(act, gates, SIZE);
+      for (int64_t j = 0; j < size; ++j)
+        mask[j] |= (weight[first + j] * std::sqrt(std::fabs(gates[j] * ups[j])) + bias[first + j] > 0.0f) << n;
+    }
+  }
+};
+
+}  // namespace moyu

@@ -1,0 +1,144 @@
+"""Device code of the predictors: which neurons a block needs, before any of their weights is read.
+
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor, Q bytes of a row of codes.
+"""
+# mypy: ignore-errors
+# Triton compiles these functions from their source: their arguments have no Python types.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def zeros(N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tuple of N fp32 accumulators `[ROWS, COLUMNS]`."""
+    acc = ()
+    for _ in tl.static_range(N):
+        acc += (tl.zeros([ROWS, COLUMNS], tl.float32),)
+    return acc
+
+
+@triton.jit
+def halves(a):
+    """Even and odd columns of `[ROWS, COLUMNS]`, neighbours in the same thread: half as many accumulators."""
+    return tl.split(tl.reshape(a, [a.shape[0], a.shape[1] // 2, 2]))
+
+
+@triton.jit
+def activate(g, ACT: tl.constexpr):
+    """`ACTIVATIONS[ACT](g)` for fp32 g."""
+    if ACT == "silu":
+        return g * tl.sigmoid(g)
+    elif ACT == "relu":
+        return tl.maximum(g, 0.0)
+    elif ACT == "gelu":
+        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+    else:
+        tl.static_assert(ACT == "gelu_tanh")
+        return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+
+
+@triton.jit
+def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """`hidden = s1 * (w1 @ x)`, one predictor row per program.
+
+    x `[N, D]`; w1 `[R, D]` int8; s1 `[R]` fp32. Out: hidden `[N, R]` fp32.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    acc = zeros(N, 1, COLUMNS // 2)
+    for start in range(0, D, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)[None, :]
+        w0, w1 = halves(tl.load(w1_ptr + r * D + d, mask=d < D, other=0).to(tl.float32))
+        new = ()
+        for n in tl.static_range(N):
+            x0, x1 = halves(tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32))
+            new += (tl.fma(w1, x1, tl.fma(w0, x0, acc[n])),)
+        acc = new
+    scale = tl.load(s1_ptr + r)
+    for n in tl.static_range(N):
+        tl.store(hidden_ptr + n * R + r + tl.arange(0, 1), tl.sum(acc[n], 1) * scale)
+
+
+@triton.jit
+def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, COLUMNS: tl.constexpr):
+    """x rounded to int8 with a step per row, one row per program, as `naive.lowbit_scores` defines it.
+
+    x `[N, D]`. Out: x8 `[N, 4 * ceil(D / 4)]` int8, zero from column D on; step `[N]` fp32, NaN for a row that is not
+    finite; sums `[N]` int32 of x8.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    width = tl.cdiv(D, 4) * 4
+    top = tl.zeros([COLUMNS], tl.float32)
+    bad = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, D, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        size = tl.abs(tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32))
+        finite = size <= 3.4028234e38
+        top = tl.maximum(top, tl.where(finite, size, 0.0))
+        bad += (finite == 0).to(tl.int32)
+    largest = tl.max(top, 0)
+    inverse = tl.where(largest > 1e-30, tl.div_rn(1.0, tl.maximum(largest, 1e-30)) * 127.0, 0.0)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, width, COLUMNS):
+        d = start + tl.arange(0, COLUMNS)
+        x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
+        scaled = tl.where(tl.abs(x) <= largest, x * inverse, 0.0)
+        rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2^23: to the nearest, ties to even
+        tl.store(x8_ptr + n * width + d, rounded.to(tl.int8), mask=d < width)
+        total += rounded
+    tl.store(step_ptr + n, tl.where(tl.sum(bad, 0) > 0, float("nan"), largest * (1.0 / 127.0)))
+    tl.store(sums_ptr + n, tl.sum(total, 0))
+
+
+@triton.jit
+def _product(x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q, n, BLOCK: tl.constexpr, BYTES: tl.constexpr):
+    """`[BLOCK]` fp32: row n of x times the 2-bit weights of neurons `f`. The sums are of integers, in any order."""
+    acc = tl.zeros([BLOCK, BYTES], tl.int32)
+    for start in range(0, Q, BYTES):
+        j = start + tl.arange(0, BYTES)[None, :]
+        inside = (f[:, None] < F) & (j < Q)
+        codes = tl.load(codes_ptr + f[:, None] * Q + j, mask=inside, other=0).to(tl.int32)
+        for k in tl.static_range(4):
+            x = tl.load(x8_ptr + (n * 4 + k) * Q + j + 0 * f[:, None], mask=inside, other=0).to(tl.int32)
+            acc += ((codes >> 2 * k) & 3) * x
+    dots = 2 * tl.sum(acc, 1) - 3 * tl.load(sums_ptr + n)
+    return dots.to(tl.float32) * tl.load(step_ptr + n) * tl.load(scale_ptr + f, mask=f < F, other=0.0)
+
+
+@triton.jit
+def select_lowbit(
+    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
+    f, F, Q, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
+    weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
+    bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
+    wanted = tl.zeros([BLOCK], tl.int32)
+    for n in tl.static_range(N):
+        g = _product(x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, n, BLOCK, BYTES)
+        u = _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, BLOCK, BYTES)
+        score = weight * tl.sqrt_rn(tl.abs(activate(g, ACT) * u)) + bias
+        wanted |= (score > 0).to(tl.int32) << n
+    return tl.where(f < F, wanted, 0)
+
+
+@triton.jit
+def select_lowrank(
+    hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr
+):
+    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
+    scale = tl.load(s2_ptr + f, mask=f < F, other=0.0)
+    bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
+    wanted = tl.zeros([BLOCK], tl.int32)
+    for n in tl.static_range(N):
+        acc = tl.zeros([BLOCK, RANKS], tl.float32)
+        for start in range(0, R, RANKS):
+            r = start + tl.arange(0, RANKS)[None, :]
+            inside = (f[:, None] < F) & (r < R)
+            w = tl.load(w2_ptr + f[:, None] * R + r, mask=inside, other=0).to(tl.float32)
+            # One pointer per element of w, though all neurons share the row: it loads where it is used.
+            h = tl.load(hidden_ptr + n * R + r + 0 * f[:, None], mask=inside, other=0.0)
+            acc = tl.fma(w, h, acc)
+        score = tl.sum(acc, 1) * scale + bias
+        wanted |= (score > 0).to(tl.int32) << n
+    return tl.where(f < F, wanted, 0)
