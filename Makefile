@@ -13,7 +13,7 @@ test: install  ## lint, types and the tests that fit into minutes
 	$(BIN)/python -m pytest -q
 
 test-slow: install  ## the full matrices
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto
 
 lint:
 	$(BIN)/ruff check .

@@ -100,12 +100,15 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
 
 
 def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
+    from accelerate import PartialState
+
     from moyu_train.pipeline import Run, run_all, run_stage
 
     run = Run(recipe)
     if verb == "run":
         return run_all(run)
     figures = run_stage(run, verb)
+    PartialState().destroy_process_group()  # a process that just exits can take its neighbours' connections with it
     from moyu_train.analysis.tables import print_figures
 
     print_figures(verb, figures)

@@ -23,6 +23,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
+from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import Recipe
@@ -48,7 +49,7 @@ STAGES = {
         Stage("calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")),
         Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor")),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",)),
-        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune",)),
+        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune", "penalty")),
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",)),
         Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",)),
         Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze")),
@@ -79,6 +80,8 @@ class Run:
         start_processes()
         resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
         resolve("predictor", recipe.predictor, PREDICTORS)
+        if recipe.penalty:
+            resolve("penalty", recipe.penalty, PENALTIES)
         check_writable(self.folder, 0)
         self.check()
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moyu_train.errors import MoyuError
+from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.sparsifiers import SPARSIFIERS
 
@@ -31,6 +32,31 @@ class Method(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class Penalty(Method):
+    """A penalty on activations with its coefficient: one number, or points of (share of the steps, value)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
+    coefficient: tuple[tuple[float, float], ...]
+    interpolation: Literal["linear", "sine"] = "sine"
+
+    @field_validator("coefficient", mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        return [(0.0, value)] if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _points(self) -> "Penalty":
+        shares = [share for share, _ in self.coefficient]
+        if not shares or shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"penalty.coefficient {list(self.coefficient)} must be a number or points of (share of the steps from "
+                "0 to 1, value) with rising shares"
+            )
+        if any(value < 0 for _, value in self.coefficient):
+            raise ValueError("penalty.coefficient is below 0: that would reward dense activations; use values from 0")
+        return self
 
 
 class Data(Section):
@@ -130,6 +156,7 @@ class Recipe(Section):
     sparsifier: Method = Method(name="threshold")
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
+    penalty: Penalty | None = None
     control: Control = Control()
     predictor: Method = Method(name="lowbit")
     fit: Fit = Fit()
@@ -151,6 +178,8 @@ class Recipe(Section):
     def _combinations(self) -> "Recipe":
         _known("sparsifier", self.sparsifier.name, SPARSIFIERS)
         _known("predictor", self.predictor.name, PREDICTORS)
+        if self.penalty:
+            _known("penalty", self.penalty.name, PENALTIES)
         return self
 
     def digest(self, *sections: str) -> str:

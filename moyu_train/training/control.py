@@ -1,6 +1,6 @@
 """Holds a sparsifier on a live model during training: masks at the seam, density statistics, closed-loop thresholds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,23 @@ class SparsityControl(TrainerCallback):
         sparsifier: an instance from the registry, with its thresholds.
         target: density that the rule is held at, the share of neurons kept per token.
         predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
+        penalty: an instance from the registry. It sees the activations before the mask; `take_penalty` hands its terms
+            to a trainer that adds them to its loss.
     """
 
     def __init__(
-        self, model: Any, sparsifier: Any, target: float, predictors: list[dict[str, Tensor]] | None = None
+        self,
+        model: Any,
+        sparsifier: Any,
+        target: float,
+        predictors: list[dict[str, Tensor]] | None = None,
+        penalty: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:
         self.blocks: list[FFNBlock] = find_blocks(model)
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
+        self.penalty = penalty
+        self._terms: list[Tensor] = []
+        self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
         self.counting = True
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
@@ -53,18 +63,31 @@ class SparsityControl(TrainerCallback):
                 scores = self._masking.scores(layer, self.predictors[layer])
             selected = scores.view_as(a) > 0
             keep = rule & selected
+        if self.penalty is not None and torch.is_grad_enabled():
+            # A recompute has to repeat these very operations, or its saved tensors would not be those of the forward.
+            values = self.penalty(layer, a)
+            term = (values if self._real is None else values.flatten() * self._real.flatten()).sum()
+            if self.counting:
+                self._terms.append(term)
         if self.counting:
-            sums = [mask.sum().double() for mask in (rule, selected, keep)]
-            self._counts[layer] += torch.stack([*sums, sums[0].new_tensor(keep.numel())]).cpu()
+            seen = torch.ones_like(keep[..., 0]) if self._real is None else self._real.view(keep.shape[:-1])
+            sums = [mask[seen].sum().double() for mask in (rule, selected, keep)]
+            self._counts[layer] += torch.stack([*sums, seen.sum() * keep.shape[-1]]).cpu()
         return keep
 
     @contextmanager
-    def armed(self, on: bool) -> Iterator[None]:
+    def armed(self, on: bool, real: Tensor | None = None) -> Iterator[None]:
+        """Counts within, and collects the penalty's terms. real: `[B, T]`, not 0 where a token is no padding."""
         before, self.counting = self.counting, on
+        self._real, self._terms = None if real is None else real.bool(), []
         try:
             yield
         finally:
             self.counting = before
+
+    def take_penalty(self) -> Tensor:
+        """Of the forward just armed: the penalty's fp32 sum over real tokens, mean over layers."""
+        return torch.stack(self._terms).sum() / len(self.blocks)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

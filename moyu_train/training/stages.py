@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ from moyu_train.models.state import (
     thresholds_from_tensors,
     thresholds_to_tensors,
 )
+from moyu_train.penalties import PENALTIES
+from moyu_train.penalties.scale import measure_scales
+from moyu_train.penalties.schedule import coefficient
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Optimise
 from moyu_train.registry import resolve
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
 STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
+NO_PENALTY = ((0.0, 0.0),), "linear"
+SCALE_WINDOWS = 8  # of text to measure a penalty's scales on
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -93,6 +99,7 @@ def train(
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place, resuming from the last complete checkpoint; returns the log lines."""
     parent = run.dense() if settings.kl_weight and sparsity else None
+    penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
     steps = settings.tokens // (settings.tokens_per_step * processes)
     if steps == 0:
@@ -130,6 +137,7 @@ def train(
         parent=parent,
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
+        coefficient=partial(coefficient, *((penalty.coefficient, penalty.interpolation) if penalty else NO_PENALTY)),
     )
     with PartialState().main_process_first():
         checkpoint = last_complete_checkpoint(folder / "checkpoints")
@@ -190,6 +198,15 @@ def _check_memory(run: "Run", parent: bool) -> None:
     check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
 
 
+def _penalty(run: "Run", model: Any) -> Any:
+    """The recipe's penalty, scaled on the text and the dense weights that training starts from."""
+    if run.recipe.penalty is None:
+        return None
+    cls, options = resolve("penalty", run.recipe.penalty, PENALTIES)
+    windows = training_windows(run, run.recipe.finetune)[:SCALE_WINDOWS]
+    return cls(options, measure_scales(model, options, windows))
+
+
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     """Fine-tune under the very mask that the export decodes with: the rule and the predictors together.
 
@@ -200,7 +217,9 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
     model = run.dense()
-    sparsity = SparsityControl(model, cls(options, thresholds), 1 - recipe.target_sparsity, predictors)
+    sparsity = SparsityControl(
+        model, cls(options, thresholds), 1 - recipe.target_sparsity, predictors, _penalty(run, model)
+    )
     log = train(run, folder, settings, settings.learning_rate, sparsity, model)
     sparsity.remove()
     if PartialState().is_main_process:

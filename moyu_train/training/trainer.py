@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,15 @@ class SparsityBar(ProgressCallback):
 
 
 class SparsityTrainer(Trainer):
-    """One loss, one backward: `kl_weight * KL(parent || student) + lm_weight * LM`, each a mean over its own tokens.
+    """One loss, one backward: `kl_weight * KL(parent || student) + lm_weight * LM + coefficient * penalty`.
+
+    Each is a mean over its own tokens of the whole optimizer step, all micro-batches and processes together: those that
+    are scored for KL and LM, those that are no padding for the penalty.
 
     Args:
         sparsity: the mask's owner, or None for a dense run (the dense control).
         parent: the dense model, only read; None where kl_weight is 0.
+        coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done.
     """
 
     loss_is_scaled_for_ga = True
@@ -55,11 +60,13 @@ class SparsityTrainer(Trainer):
         parent: nn.Module | None,
         kl_weight: float,
         lm_weight: float,
+        coefficient: Callable[[float], float] = lambda progress: 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
-        self.sparsity, self.kl_weight, self.lm_weight = sparsity, kl_weight, lm_weight
+        self.sparsity, self.kl_weight, self.lm_weight, self.coefficient = sparsity, kl_weight, lm_weight, coefficient
+        self._real_tokens = torch.ones(())
         self.parent = parent.eval().requires_grad_(False) if parent is not None else None
         self._parts: dict[str, float] = {}
         if sparsity is not None:
@@ -78,12 +85,14 @@ class SparsityTrainer(Trainer):
         labels = inputs["labels"]
         tensors = {key: value for key, value in inputs.items() if key != "labels"}
         training = model.training
-        with self.sparsity.armed(training) if self.sparsity else contextlib.nullcontext():
+        real = inputs.get("attention_mask")
+        with self.sparsity.armed(training, real) if self.sparsity else contextlib.nullcontext():
             outputs = model(**tensors, use_cache=False)
         if num_items_in_batch is None:
-            tokens, processes = (labels[:, 1:] != -100).sum(), 1
+            tokens, real_tokens, processes = (labels[:, 1:] != -100).sum(), _real_tokens(inputs), 1
         else:
-            tokens, processes = num_items_in_batch, self.accelerator.num_processes
+            tokens, real_tokens = num_items_in_batch, self._real_tokens
+            processes = self.accelerator.num_processes
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
         if self.kl_weight and self.parent is not None:
             with torch.no_grad():
@@ -96,12 +105,21 @@ class SparsityTrainer(Trainer):
             self._parts["lm"] = self._parts.get("lm", 0.0) + lm.item() / float(tokens)
             loss = loss + self.lm_weight * lm
         loss = loss * processes / tokens  # DDP averages gradients over processes; `tokens` is the sum over all of them
+        if training and self.sparsity and self.sparsity.penalty is not None:
+            penalty = self.sparsity.take_penalty() / real_tokens
+            self._parts["penalty"] = self._parts.get("penalty", 0.0) + penalty.item()
+            loss = loss + self.coefficient(self.state.global_step / self.state.max_steps) * processes * penalty
         if not torch.isfinite(loss):
             raise MoyuError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; the last good checkpoint is kept, "
                 "lower finetune.learning_rate or use finetune.dtype float32"
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        real = torch.stack([_real_tokens(batch) for batch in batch_samples]).sum().to(device)
+        self._real_tokens = self.accelerator.gather(real).sum()
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -125,6 +143,11 @@ class SparsityTrainer(Trainer):
             if self.sparsity:
                 self.sparsity.save(folder)
             write_json(folder / COMPLETE, {"step": self.state.global_step})
+
+
+def _real_tokens(batch: dict[str, Tensor]) -> Tensor:
+    mask = batch.get("attention_mask")
+    return torch.tensor(batch["input_ids"].numel()) if mask is None else mask.sum()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:

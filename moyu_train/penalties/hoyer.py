@@ -1,0 +1,24 @@
+"""Square Hoyer: `sum(n)^2 / sum(n^2) / F` a token, with n = abs(a) * s (D2DMoE, arXiv 2310.04361).
+
+The share of neurons that a token's activation is spread over: 1 where all are equal, 1 / F where one stands alone. It
+does not change with the size of `a`, so it concentrates without shrinking.
+"""
+
+from torch import Tensor
+
+from moyu_train.penalties.scale import ScaleOptions
+
+SMALL = 1e-6  # of the mean square, which is 1 after scaling: a token that is all zero costs nothing
+
+
+class Hoyer:
+    name = "hoyer"
+    Options = ScaleOptions
+
+    def __init__(self, options: ScaleOptions, scales: list[Tensor]) -> None:
+        self.scales = scales
+
+    def __call__(self, layer: int, a: Tensor) -> Tensor:
+        """One value a token, fp32 `[...]`, of `a` `[..., F]`; the trainer sums and divides."""
+        n = a.float().abs() * self.scales[layer]
+        return n.mean(-1).square() / (n.square().mean(-1) + SMALL)
