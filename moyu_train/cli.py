@@ -79,6 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from moyu_train.files import write_json
 
         write_json(Path(known.json), figures)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from moyu_train.training.launch import end_processes
+
+        end_processes()
     return 0
 
 
@@ -100,15 +104,12 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
 
 
 def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
-    from accelerate import PartialState
-
     from moyu_train.pipeline import Run, run_all, run_stage
 
     run = Run(recipe)
     if verb == "run":
         return run_all(run)
     figures = run_stage(run, verb)
-    PartialState().destroy_process_group()  # a process that just exits can take its neighbours' connections with it
     from moyu_train.analysis.tables import print_figures
 
     print_figures(verb, figures)

@@ -1,8 +1,10 @@
 """Recipe: the only source of truth for settings. Strict YAML, overridden by `--section.key value`. Imports no torch."""
 
+import contextlib
 import difflib
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +46,10 @@ class Penalty(Method):
     @field_validator("coefficient", mode="before")
     @classmethod
     def _constant(cls, value: Any) -> Any:
-        return [(0.0, value)] if isinstance(value, int | float) else value
+        if isinstance(value, str):  # YAML takes 1e-4, without a point, for a string
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        return [(0.0, value)] if isinstance(value, int | float) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _points(self) -> "Penalty":
@@ -54,8 +59,11 @@ class Penalty(Method):
                 f"penalty.coefficient {list(self.coefficient)} must be a number or points of (share of the steps from "
                 "0 to 1, value) with rising shares"
             )
-        if any(value < 0 for _, value in self.coefficient):
-            raise ValueError("penalty.coefficient is below 0: that would reward dense activations; use values from 0")
+        if not all(0 <= value < math.inf for _, value in self.coefficient):
+            raise ValueError(
+                "penalty.coefficient holds values that are not finite or below 0, which would reward dense "
+                "activations; use finite values from 0"
+            )
         return self
 
 

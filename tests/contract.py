@@ -20,6 +20,7 @@ from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.scale import ScaleOptions
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.launch import end_processes
 from moyu_train.training.trainer import SparsityTrainer
 
 STEPS, RATE, COEFFICIENT, KL, LM = 20, 0.002, 3.0, 0.5, 1.0
@@ -245,8 +246,7 @@ def run(variant: str, folder: Path, mutant: str = "") -> None:
         tensors |= {"losses": torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])}
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
         save_file(tensors, folder / f"{variant}{mutant}.safetensors", metadata={"engine": engine})
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def norm(gradients: Gradients) -> Tensor:
 def distance(found: Gradients, expected: Gradients) -> float:
     """The largest relative difference of any parameter."""
     assert found.keys() == expected.keys()
+    assert all(tensor.isfinite().all() for tensor in found.values())
     return max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
 
 

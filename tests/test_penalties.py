@@ -1,11 +1,15 @@
 """Penalties and their schedules, by their formulas."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+import yaml
+from tiny import save_tiny, tiny_model, tiny_settings
 
+from moyu_train.cli import main
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.masking import Masking
@@ -65,17 +69,43 @@ def test_schedules() -> None:
         assert coefficient(stages, "sine", p) == pytest.approx(low + eta * (high - low))
 
 
+def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\npenalty: {name: hoyer, coefficient: 1e-4}\n")
+    penalty = load_recipe(str(tmp_path / "r.yaml")).penalty
+    assert penalty is not None
+    assert penalty.coefficient == ((0.0, 1e-4),)
+
+
+def test_a_recipe_trains_with_its_penalty_and_schedule(tmp_path: Path) -> None:
+    """Through the stages: predicted mask, two-point coefficient; the loss is the sum of its parts at every step."""
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    settings["finetune"] |= {"kl_weight": 0.5, "lm_weight": 1.0, "activation_checkpointing": True}
+    settings["penalty"] = {"name": "hoyer", "coefficient": [[0.0, 0.0], [0.5, 4.0]], "interpolation": "linear"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    for stage in ("calibrate", "fit-predictors", "calibrate-in-loop", "finetune"):
+        assert main([stage, str(tmp_path / "r.yaml")]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/finetune/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 8
+    for step, line in enumerate(lines):
+        weight = min(step, 4)  # 8 steps: the ramp ends after 4
+        expected = 0.5 * line["kl"] + line["lm"] + weight * line["penalty"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-3), step
+    assert lines[-1]["penalty"] < 0.9 * lines[0]["penalty"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ("{name: hoier, coefficient: 1}", "penalty.name 'hoier' is unknown; did you mean 'hoyer'"),
         ("{name: hoyer}", "penalty.coefficient: Field required"),
         ("{name: hoyer, coefficient: -1}", "below 0"),
+        ("{name: hoyer, coefficient: .nan}", "not finite"),
+        ("{name: hoyer, coefficient: true}", "penalty.coefficient"),
         ("{name: hoyer, coefficient: [[0.5, 1], [0.2, 2]]}", "rising shares"),
         ("{name: hoyer, coefficient: 1, interpolation: cubic}", "penalty.interpolation"),
     ],
 )
-def test_bad_settings(tmp_path, settings: str, message: str) -> None:
+def test_bad_settings(tmp_path: Path, settings: str, message: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"model: m\npenalty: {settings}\n")
     with pytest.raises(RecipeError) as caught:

@@ -201,7 +201,7 @@ def test_an_engine_that_would_not_run_is_refused(tmp_path: Path) -> None:
         cwd=ROOT,
     )
     assert result.returncode == 1
-    assert "runs as plain DDP without a GPU" in result.stderr
+    assert "asks for FSDP, whose partitioned weights the stages cannot save yet" in result.stderr
 
 
 def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def make(folder: Path, batch: int, accumulation: int, steps: int = 3, optimizer:
         model=model,
         args=arguments,
         train_dataset=Windows(WINDOWS),
+        eval_dataset=Windows(WINDOWS),
         sparsity=SparsityControl(model, rule, target=0.5),
         parent=tiny_model(),
         kl_weight=1.0,
@@ -108,6 +109,46 @@ def test_a_recompute_counts_nothing(tmp_path: Path) -> None:
     trainer.model.train()
     trainer.compute_loss(trainer.model, {"input_ids": WINDOWS[:4], "labels": WINDOWS[:4]}).backward()
     assert trainer.sparsity._counts[:, 3].tolist() == [4 * 24 * 96.0] * 2
+
+
+def test_padding_is_not_counted_and_experts_take_a_mask() -> None:
+    from moyu_train.penalties.hoyer import Hoyer
+    from moyu_train.penalties.scale import ScaleOptions
+
+    mask = torch.ones(4, 24, dtype=torch.long)
+    mask[:, 18:] = 0
+    for family, shape in (("llama", (96,)), ("mixtral", (4, 48))):
+        model = tiny_model(family)
+        rule = Threshold(Threshold.Options(), [torch.full(shape, 0.05)] * 2)
+        control = SparsityControl(model, rule, target=0.5)
+        with control.armed(True, mask):
+            model(WINDOWS[:4], attention_mask=mask)
+        if family == "llama":
+            assert control._counts[:, 3].tolist() == [4 * 18 * 96.0] * 2
+        control.remove()
+    model = tiny_model()
+    penalty = Hoyer(ScaleOptions(), [torch.ones(96)] * 2)
+    control = SparsityControl(model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2), 0.5, penalty=penalty)
+    for _ in range(2):  # a forward that is not armed keeps nothing
+        model(WINDOWS[:4]).logits.sum().backward()
+    with pytest.raises(MoyuError, match="no penalty was collected"):
+        control.take_penalty()
+    with control.armed(True, mask):
+        model(WINDOWS[:4], attention_mask=mask)
+    padded = control.take_penalty()
+    with control.armed(True):
+        model(WINDOWS[:4, :18])
+    torch.testing.assert_close(control.take_penalty(), padded)
+
+
+def test_evaluation_does_not_show_in_the_logged_parts(tmp_path: Path) -> None:
+    plain = make(tmp_path / "a", 4, 1, save_strategy="no")
+    evaluated = make(tmp_path / "b", 4, 1, save_strategy="no", eval_strategy="steps", eval_steps=1)
+    lines = []
+    for trainer in (plain, evaluated):
+        trainer.train()
+        lines.append([(line["lm"], line["kl"]) for line in trainer.state.log_history if "lm" in line])
+    assert lines[0] == lines[1]
 
 
 def test_bfloat16_trains_the_same_curve_roughly(tmp_path: Path) -> None:

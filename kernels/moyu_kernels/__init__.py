@@ -3,13 +3,14 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .guard import density_drift
     from .loading import from_pretrained
     from .modules import SparseGatedFFN
     from .runner import Runner
 
-_HOMES = {"from_pretrained": "loading", "SparseGatedFFN": "modules", "Runner": "runner"}
+_HOMES = {"density_drift": "guard", "from_pretrained": "loading", "SparseGatedFFN": "modules", "Runner": "runner"}
 
-__all__ = ["Runner", "SparseGatedFFN", "from_pretrained"]
+__all__ = ["Runner", "SparseGatedFFN", "density_drift", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

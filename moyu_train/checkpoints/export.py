@@ -36,8 +36,11 @@ def export(
     thresholds: list[Tensor],
     predictors: list[dict[str, Tensor]] | None,
     family: str | None,
+    selected: float | None = None,
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
+
+    selected: share of the neurons that the predictors selected on the calibration text, for the density guard.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
     """
@@ -64,7 +67,7 @@ def export(
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
-            "predictor": {"family": family, "ffn_sha256": digest} if predictors else None,
+            "predictor": {"family": family, "ffn_sha256": digest, "selected": selected} if predictors else None,
         }
         config.save_pretrained(temporary)
         (temporary / "moyu").mkdir()

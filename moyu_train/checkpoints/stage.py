@@ -27,7 +27,8 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     thresholds, predictors = read(run.stage_folder("recalibrate"))
     rule, family = run.recipe.sparsifier.name, run.recipe.predictor.name
-    export(model, run.tokenizer, folder / CHECKPOINT, rule, thresholds, predictors, family)
+    selected = run.figures("recalibrate")["selected_share"]
+    export(model, run.tokenizer, folder / CHECKPOINT, rule, thresholds, predictors, family, selected)
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)

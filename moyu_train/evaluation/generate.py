@@ -11,6 +11,7 @@ from moyu_kernels.loading import CheckpointError
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.loading import load_tokenizer
+from moyu_train.progress import console
 
 
 def generate(
@@ -66,4 +67,6 @@ def generate(
         f"\n\n{figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens per second after the first; of the "
         f"neurons {figures['selected']:.0%} selected, {figures['kept']:.0%} kept (mode {mode})"
     )
+    if drift := moyu_kernels.density_drift(model):
+        console.print(f"[yellow]{drift}[/yellow]")
     return figures

@@ -11,6 +11,7 @@ from moyu_kernels.ops.ffn.naive import pack_codes
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock
 
 SPACING = 0.9957  # between the 4 even levels of least mean square error for a normal variable of variance 1 (Max 1960)
@@ -63,7 +64,13 @@ class LowBit:
         moment = self.sums["xx"].double() / self.sums["n"].double()
         moment.diagonal().add_(self.options.damp * moment.diagonal().mean())
         gate, up, _ = self.block.weights()
-        (gate_levels, gate_scale), (up_levels, up_scale) = (round_weight(w.float(), moment) for w in (gate, up))
+        try:
+            (gate_levels, gate_scale), (up_levels, up_scale) = (round_weight(w.float(), moment) for w in (gate, up))
+        except torch.linalg.LinAlgError as error:
+            raise MoyuError(
+                f"the inputs of {self.block.path} have no usable second moment ({error}); raise predictor.damp or "
+                "fit.tokens, or look for values that are not finite"
+            ) from error
         mean = self.sums["y"] / self.sums["n"]
         weight = self.block.down_norms().sqrt() / mean
         stored = {

@@ -1,6 +1,6 @@
 """Holds a sparsifier on a live model during training: masks at the seam, density statistics, closed-loop thresholds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
@@ -29,8 +30,8 @@ class SparsityControl(TrainerCallback):
         sparsifier: an instance from the registry, with its thresholds.
         target: density that the rule is held at, the share of neurons kept per token.
         predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
-        penalty: an instance from the registry. It sees the activations before the mask; `take_penalty` hands its terms
-            to a trainer that adds them to its loss.
+        penalty: an instance from the registry. It sees the activations before the mask. A trainer runs its forward
+            within `armed` and adds what `take_penalty` returns to its loss, as SparsityTrainer does.
     """
 
     def __init__(
@@ -39,14 +40,14 @@ class SparsityControl(TrainerCallback):
         sparsifier: Any,
         target: float,
         predictors: list[dict[str, Tensor]] | None = None,
-        penalty: Callable[[int, Tensor], Tensor] | None = None,
+        penalty: Any = None,
     ) -> None:
         self.blocks: list[FFNBlock] = find_blocks(model)
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
         self.penalty = penalty
         self._terms: list[Tensor] = []
         self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
-        self.counting = True
+        self.counting, self._collecting = True, False
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         set_marker(model.config, sparsifier.name)
@@ -59,7 +60,7 @@ class SparsityControl(TrainerCallback):
         rule = keep = self.sparsifier.keep(layer, a, expert)
         selected = torch.ones_like(rule)
         if self.predictors:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # fp32, as in the export
                 scores = self._masking.scores(layer, self.predictors[layer])
             selected = scores.view_as(a) > 0
             keep = rule & selected
@@ -67,10 +68,12 @@ class SparsityControl(TrainerCallback):
             # A recompute has to repeat these very operations, or its saved tensors would not be those of the forward.
             values = self.penalty(layer, a)
             term = (values if self._real is None else values.flatten() * self._real.flatten()).sum()
-            if self.counting:
+            if self._collecting:
                 self._terms.append(term)
         if self.counting:
-            seen = torch.ones_like(keep[..., 0]) if self._real is None else self._real.view(keep.shape[:-1])
+            # An expert sees some of the tokens and does not say which: padding counts there.
+            known = self._real if expert is None else None
+            seen = torch.ones_like(keep[..., 0]) if known is None else known.view(keep.shape[:-1])
             sums = [mask[seen].sum().double() for mask in (rule, selected, keep)]
             self._counts[layer] += torch.stack([*sums, seen.sum() * keep.shape[-1]]).cpu()
         return keep
@@ -78,16 +81,33 @@ class SparsityControl(TrainerCallback):
     @contextmanager
     def armed(self, on: bool, real: Tensor | None = None) -> Iterator[None]:
         """Counts within, and collects the penalty's terms. real: `[B, T]`, not 0 where a token is no padding."""
-        before, self.counting = self.counting, on
+        before, self.counting, self._collecting = self.counting, on, on
         self._real, self._terms = None if real is None else real.bool(), []
         try:
             yield
         finally:
-            self.counting = before
+            self.counting, self._collecting = before, False
 
     def take_penalty(self) -> Tensor:
-        """Of the forward just armed: the penalty's fp32 sum over real tokens, mean over layers."""
-        return torch.stack(self._terms).sum() / len(self.blocks)
+        """Of the forward just armed: the penalty's fp32 sum over real tokens, mean over layers.
+
+        Raises: MoyuError where no forward was armed.
+        """
+        terms, self._terms = self._terms, []
+        if not terms:
+            raise MoyuError("no penalty was collected; run the training forward within SparsityControl.armed(True)")
+        return torch.stack(terms).sum() / len(self.blocks)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring all state to the device that the Trainer has moved the model to."""
+        self.sparsifier.thresholds = [threshold.to(args.device) for threshold in self.sparsifier.thresholds]
+        self.predictors = self.predictors and [
+            {name: tensor.to(args.device) for name, tensor in predictor.items()} for predictor in self.predictors
+        ]
+        if self.penalty is not None:
+            self.penalty.scales = [scale.to(args.device) for scale in self.penalty.scales]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -47,6 +47,11 @@ def calibrate_in_loop(
             share = min(max(share + (skipped - target) / slope, 0.01), 0.99)
         cuts = histogram.levels(share)
     else:
+        if skipped > target:
+            raise MoyuError(
+                f"calibrate.bytes_skipped {target} was not met in {ROUNDS} rounds: {skipped:.3f} is skipped at least, "
+                f"since many neurons score alike (as under ReLU); raise it to about {skipped:.2f}"
+            )
         raise MoyuError(
             f"calibrate.bytes_skipped {target} was not reached in {ROUNDS} rounds (last {skipped:.3f}); lower it, "
             "raise target_sparsity or change the predictor"

@@ -67,7 +67,12 @@ class SparsityTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
         self.sparsity, self.kl_weight, self.lm_weight, self.coefficient = sparsity, kl_weight, lm_weight, coefficient
         self._real_tokens = torch.ones(())
-        self.parent = parent.eval().requires_grad_(False) if parent is not None else None
+        if self.args.n_gpu > 1:
+            raise MoyuError(
+                f"{self.args.n_gpu} GPUs in one process would run DataParallel, whose copies the masks do not reach; "
+                "start one process per GPU with `accelerate launch`"
+            )
+        self.parent = parent.eval().requires_grad_(False).to(self.args.device) if parent is not None else None
         self._parts: dict[str, float] = {}
         if sparsity is not None:
             sparsity.counting = False  # but while compute_loss arms it: a recompute in the backward counts nothing
@@ -98,17 +103,18 @@ class SparsityTrainer(Trainer):
             with torch.no_grad():
                 parent = self.parent(**tensors, use_cache=False).logits
             kl = kl_sum(outputs.logits, parent, labels)
-            self._parts["kl"] = self._parts.get("kl", 0.0) + kl.item() / float(tokens)
+            self._note("kl", kl, tokens)
             loss = loss + self.kl_weight * kl
         if self.lm_weight:
             lm = lm_sum(outputs.logits, labels)
-            self._parts["lm"] = self._parts.get("lm", 0.0) + lm.item() / float(tokens)
+            self._note("lm", lm, tokens)
             loss = loss + self.lm_weight * lm
         loss = loss * processes / tokens  # DDP averages gradients over processes; `tokens` is the sum over all of them
         if training and self.sparsity and self.sparsity.penalty is not None:
-            penalty = self.sparsity.take_penalty() / real_tokens
-            self._parts["penalty"] = self._parts.get("penalty", 0.0) + penalty.item()
-            loss = loss + self.coefficient(self.state.global_step / self.state.max_steps) * processes * penalty
+            penalty = self.sparsity.take_penalty()
+            self._note("penalty", penalty, real_tokens)
+            weight = self.coefficient(self.state.global_step / self.state.max_steps)
+            loss = loss + weight * penalty * processes / real_tokens
         if not torch.isfinite(loss):
             raise MoyuError(
                 f"the loss is {loss.item()} at step {self.state.global_step}; the last good checkpoint is kept, "
@@ -116,15 +122,22 @@ class SparsityTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
+    def _note(self, name: str, value: Tensor, tokens: Tensor | int) -> None:
+        """For the log: this process's share of a mean over `tokens`, which `log` sums over processes."""
+        if torch.is_grad_enabled():
+            self._parts[name] = self._parts.get(name, 0.0) + value.item() / float(tokens)
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
-        real = torch.stack([_real_tokens(batch) for batch in batch_samples]).sum().to(device)
-        self._real_tokens = self.accelerator.gather(real).sum()
+        real = sum((_real_tokens(batch) for batch in batch_samples), torch.zeros((), dtype=torch.long))
+        self._real_tokens = self.accelerator.gather(real.to(device)).sum()
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             steps = max(self.args.logging_steps, 1)
-            logs |= {name: value / steps for name, value in self._parts.items()}
+            parts = torch.tensor(list(self._parts.values()), device=self.args.device, dtype=torch.float32)
+            sums = self.accelerator.reduce(parts) if self._parts else parts
+            logs |= {name: value / steps for name, value in zip(self._parts, sums.tolist(), strict=True)}
             self._parts = {}
             if self.sparsity:
                 logs |= self.sparsity.metrics()

@@ -38,6 +38,7 @@ def write_checkpoint(
     blocks: list[dict[str, Any]] | None = None,
     threshold: float = 0.05,
     family: str | None = "lowrank",
+    selected: float | None = None,
     seal: bool = True,
 ) -> Path:
     """Export a model; `seal` writes the manifest."""
@@ -80,7 +81,7 @@ def write_checkpoint(
         "activation_field": "hidden_act",
         "architectures": data["architectures"],
         "blocks": blocks,
-        "predictor": {"family": family, "ffn_sha256": digest.hexdigest()} if family else None,
+        "predictor": {"family": family, "ffn_sha256": digest.hexdigest(), "selected": selected} if family else None,
     }
     data["hidden_act"] = f"moyu:contribution:{data['hidden_act']} (load with moyu_kernels.from_pretrained)"
     data["architectures"] = [f"Moyu{name}" for name in data["architectures"]]

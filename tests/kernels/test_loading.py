@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moyu_kernels import SparseGatedFFN, from_pretrained
+from moyu_kernels import SparseGatedFFN, density_drift, from_pretrained
 from moyu_kernels.loading import CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
@@ -132,6 +132,21 @@ def test_stale_predictor(checkpoint: Factory) -> None:
     write_manifest(folder, "0" * 64)
     with pytest.raises(CheckpointError, match="predictor is stale"):
         from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("calibrated", "said"), [(0.9, "less accurate"), (0.1, "slower"), (None, None)])
+def test_density_guard_tells_of_text_that_drifts(checkpoint: Factory, calibrated: float | None, said: str) -> None:
+    model = from_pretrained(checkpoint(family="lowbit", selected=calibrated))
+    ids = torch.randint(128, (1, 8))
+    model(ids[:, :4])
+    assert density_drift(model) is None  # too few tokens to say
+    model(ids)
+    drift = density_drift(model)
+    assert (said in drift) if said else (drift is None)
+    counts = model.model.layers[0].mlp.counts
+    share = (counts[1] / (counts[0] * NEURONS)).item()
+    model.config.moyu["predictor"]["selected"] = share
+    assert density_drift(model) is None
 
 
 def test_unknown_predictor_family(checkpoint: Factory) -> None:
