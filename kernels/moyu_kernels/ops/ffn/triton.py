@@ -49,8 +49,10 @@ def plan(
     tiles = triton.cdiv(d, tile)
     rows = triton.next_power_of_2(n)
 
-    # Left alone, ptxas spills to reach an occupancy that this grid cannot use: 2 programs fit an SM like this.
-    registers = {"maxnreg": 255} if target.backend == "cuda" else {}
+    steps = min(8 if n <= 4 else 4, triton.cdiv(d, columns))
+    # Left alone, ptxas spills to reach an occupancy that this grid cannot use. Rows of few steps need 3 programs on an
+    # SM to have enough loads in flight, longer ones 2.
+    registers = {"maxnreg": 168 if n <= 2 and steps < 4 else 255} if target.backend == "cuda" else {}
     # Products and sums are fused where tl.fma says so; the default differs between Triton versions.
     options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False} | registers
 
@@ -73,8 +75,7 @@ def plan(
         rounded = empty(n, 4 * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
         launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"COLUMNS": width}, options))
         score = (None, None, None, *rounded, *predictor)
-    constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns}
-    constants["STEPS"] = min(8 if n <= 4 else 4, triton.cdiv(d, columns))
+    constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns, "STEPS": steps}
     launches.append(
         Launch(
             gate_up_kernel,
