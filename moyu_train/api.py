@@ -3,6 +3,7 @@
 from typing import Any
 
 from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
@@ -16,7 +17,11 @@ def sparsify(model: Any, recipe: Recipe, documents: Documents) -> SparsityContro
     Returns: a TrainerCallback that holds the density at `1 - recipe.target_sparsity`; add it to a transformers or TRL
         trainer. `.metrics()` gives target and achieved, `.save(folder)` and `.load(folder)` its state, `.remove()`
         takes the masks off.
+
+    Raises: MoyuError for a recipe with a penalty, which joins the loss of our own trainer only.
     """
+    if recipe.penalty:
+        raise MoyuError("sparsify holds a rule only; train with moyu_train's SparsityTrainer to use recipe.penalty")
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     density = 1 - recipe.target_sparsity
     rule = calibrate_rule(model, cls, options, density, documents, recipe.calibrate.tokens, passes=2)

@@ -197,6 +197,25 @@ def fitted(
     return rule.thresholds, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
 
 
+def test_inputs_without_a_second_moment_are_refused_by_name() -> None:
+    block = find_blocks(tiny_model())[0]
+    predictor = LowBit(LowBit.Options(), block, torch.device("cpu"))
+    x = torch.randn(100, 32)
+    x[3, 3] = float("nan")
+    predictor.observe(x, torch.rand(100, 96))
+    with pytest.raises(MoyuError, match=r"inputs of model\.layers\.0\.mlp have no usable second moment"):
+        predictor.solve()
+
+
+def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    thresholds, predictors = fitted(model, tmp_path)
+    with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.4"):
+        calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_interrupted_fit_goes_on_to_the_same_predictors(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ from tiny import tiny_model
 from transformers import TrainingArguments
 
 from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
@@ -149,6 +150,44 @@ def test_evaluation_does_not_show_in_the_logged_parts(tmp_path: Path) -> None:
         trainer.train()
         lines.append([(line["lm"], line["kl"]) for line in trainer.state.log_history if "lm" in line])
     assert lines[0] == lines[1]
+
+
+def test_a_penalty_and_its_coefficient_belong_together(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1)
+    arguments = {"model": trainer.model, "args": trainer.args, "parent": None, "kl_weight": 0.0, "lm_weight": 1.0}
+    with pytest.raises(ValueError, match="give both, or neither"):
+        SparsityTrainer(**arguments, sparsity=trainer.sparsity, coefficient=lambda progress: 1.0)
+    trainer.sparsity.penalty = lambda layer, a: a.sum(-1)
+    with pytest.raises(ValueError, match="give both, or neither"):
+        SparsityTrainer(**arguments, sparsity=trainer.sparsity)
+
+
+def test_autocast_does_not_round_the_predicted_mask() -> None:
+    from moyu_train.predictors.lowbit import LowBit
+
+    model = tiny_model()
+    predictors = []
+    for block in find_blocks(model):
+        fit = LowBit(LowBit.Options(), block, torch.device("cpu"))
+        fit.observe(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), torch.rand(500, 96))
+        predictors.append(fit.solve())
+    control = SparsityControl(model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2), 0.5, predictors)
+    control._masking._inputs[0] = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
+    control.predictors[0]["bias"] -= control._masking.scores(0, control.predictors[0]).median()
+    a = torch.ones(4000, 96)
+    plain = control._keep(0, a, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(control._keep(0, a, None), plain)
+    assert 0.4 < plain.float().mean() < 0.6
+
+
+def test_sparsify_refuses_the_penalty_that_it_would_ignore() -> None:
+    from moyu_train import load_recipe, sparsify
+    from moyu_train.data import Documents
+
+    recipe = load_recipe("tiny", ["--penalty", "{name: hoyer, coefficient: 0.1}"])
+    with pytest.raises(MoyuError, match="sparsify holds a rule only"):
+        sparsify(tiny_model(), recipe, Documents([WINDOWS.flatten()]))
 
 
 def test_bfloat16_trains_the_same_curve_roughly(tmp_path: Path) -> None:

@@ -31,18 +31,6 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
 
 
-def predictor_names(predictor: list[Tensor]) -> tuple[str, ...]:
-    """Names of a predictor's tensors: families differ in how many they have.
-
-    Raises: ValueError where no family has so many.
-    """
-    for names in ((), *naive.PREDICTORS.values()):
-        if len(names) == len(predictor):
-            return names
-    families = "; ".join(f"{family}: {', '.join(names)}" for family, names in naive.PREDICTORS.items())
-    raise ValueError(f"the predictor has {len(predictor)} tensors, the families have {families}")
-
-
 def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "cpu":
         cpu.load()
@@ -92,7 +80,7 @@ class SparseGatedFFN(nn.Module):
         gate, _, down = projections.values()
         self.neurons, self.hidden = gate.weight.shape
         self._names, self.act = tuple(projections), act
-        self._predictor = predictor_names(predictor)
+        self._predictor = naive.PREDICTORS[naive.predictor_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
         down.weight.data = down.weight.data.t().contiguous().t()
         for name, projection in projections.items():

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import moyu_kernels
-import torch
 from moyu_kernels.loading import CheckpointError
 
 from moyu_train.errors import MoyuError
@@ -54,14 +53,13 @@ def generate(
             sys.stdout.flush()
             shown = text
     seconds = time.perf_counter() - started
-    counts = torch.stack([block.counts for block in blocks]).sum(0).tolist() if blocks else [0, 0, 0]
-    places = counts[0] * blocks[0].neurons if blocks and counts[0] else 1
+    selected, kept = moyu_kernels.density(model)
     figures = {
         "text": shown,
         "tokens": len(tokens),
         "tokens_per_second": (len(tokens) - 1) / seconds if len(tokens) > 1 else 0.0,
-        "selected": counts[1] / places,
-        "kept": counts[2] / places,
+        "selected": selected,
+        "kept": kept,
     }
     print(
         f"\n\n{figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens per second after the first; of the "

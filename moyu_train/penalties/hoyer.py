@@ -6,17 +6,13 @@ does not change with the size of `a`, so it concentrates without shrinking.
 
 from torch import Tensor
 
-from moyu_train.penalties.scale import ScaleOptions
+from moyu_train.penalties.scale import ScaledPenalty
 
 SMALL = 1e-6  # of the mean square, which is 1 after scaling: a token that is all zero costs nothing
 
 
-class Hoyer:
+class Hoyer(ScaledPenalty):
     name = "hoyer"
-    Options = ScaleOptions
-
-    def __init__(self, options: ScaleOptions, scales: list[Tensor]) -> None:
-        self.scales = scales
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         """One value a token, fp32 `[...]`, of `a` `[..., F]`; the trainer sums and divides."""

@@ -7,15 +7,11 @@ arXiv 2603.23198). It shrinks what it keeps; `hoyer` does not.
 
 from torch import Tensor
 
-from moyu_train.penalties.scale import ScaleOptions
+from moyu_train.penalties.scale import ScaledPenalty
 
 
-class L1:
+class L1(ScaledPenalty):
     name = "l1"
-    Options = ScaleOptions
-
-    def __init__(self, options: ScaleOptions, scales: list[Tensor]) -> None:
-        self.scales = scales
 
     def __call__(self, layer: int, a: Tensor) -> Tensor:
         """One value a token, fp32 `[...]`, of `a` `[..., F]`; the trainer sums and divides."""

@@ -19,6 +19,18 @@ class ScaleOptions(BaseModel):
     statistic: Literal["contribution", "magnitude"] = "contribution"
 
 
+class ScaledPenalty:
+    """A penalty on `abs(a) * scale`: a subclass gives `__call__(layer, a [..., F]) -> [...]`, one fp32 value a token.
+
+    Args: scales: fp32 `[F]` a layer, from `measure_scales`.
+    """
+
+    Options = ScaleOptions
+
+    def __init__(self, options: ScaleOptions, scales: list[Tensor]) -> None:
+        self.scales = scales
+
+
 @torch.no_grad()
 def measure_scales(model: Any, options: ScaleOptions, windows: Tensor) -> list[Tensor]:
     """Scale of each neuron, fp32 `[F]` a layer, on `windows` int64 `[N, T]`.

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock
+from moyu_train.predictors.sums import Sums
 
 SPACING = 0.9957  # between the 4 even levels of least mean square error for a normal variable of variance 1 (Max 1960)
 COLUMNS = 64  # rounded before their error is carried to the rest
 
 
-class LowBit:
+class LowBit(Sums):
     """Predictor of one layer. Sums are fp32 on the model's device; rounding is fp32, its triangular factor fp64."""
 
     name = "lowbit"
@@ -46,14 +47,6 @@ class LowBit:
         self.sums["xx"].addmm_(x.T, x)
         self.sums["y"] += contribution.float().sqrt().mean(1).sum()
         self.sums["n"] += len(x)
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint of a fit keeps, and what processes sum."""
-        return self.sums
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            self.sums[name].copy_(value)
 
     def solve(self) -> dict[str, Tensor]:
         """The predictor in storage form: codes uint8 `[F, ceil(D / 4)]`, scales, weight and bias fp32 `[F]`.

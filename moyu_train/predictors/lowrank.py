@@ -12,9 +12,10 @@ from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock
+from moyu_train.predictors.sums import Sums
 
 
-class LowRank:
+class LowRank(Sums):
     """Predictor of one layer. Sums are fp32 on the model's device; the solution is fp64."""
 
     name = "lowrank"
@@ -53,14 +54,6 @@ class LowRank:
         self.sums["x"] += x.sum(0)
         self.sums["y"] += y.sum(0)
         self.sums["n"] += len(x)
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint of a fit keeps, and what processes sum."""
-        return self.sums
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for name, value in state.items():
-            self.sums[name].copy_(value)
 
     def solve(self) -> dict[str, Tensor]:
         """The fitted predictor in storage form: w1 int8 `[R, D]`, s1 `[R]`, w2 int8 `[F, R]`, s2 and bias `[F]`, fp32.

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
 STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
-NO_PENALTY = ((0.0, 0.0),), "linear"
 SCALE_WINDOWS = 8  # of text to measure a penalty's scales on
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -137,7 +136,7 @@ def train(
         parent=parent,
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
-        coefficient=partial(coefficient, *((penalty.coefficient, penalty.interpolation) if penalty else NO_PENALTY)),
+        coefficient=partial(coefficient, penalty.coefficient, penalty.interpolation) if penalty else None,
     )
     with PartialState().main_process_first():
         checkpoint = last_complete_checkpoint(folder / "checkpoints")

@@ -48,7 +48,7 @@ class SparsityTrainer(Trainer):
     Args:
         sparsity: the mask's owner, or None for a dense run (the dense control).
         parent: the dense model, only read; None where kl_weight is 0.
-        coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done.
+        coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done; None without one.
     """
 
     loss_is_scaled_for_ga = True
@@ -60,13 +60,15 @@ class SparsityTrainer(Trainer):
         parent: nn.Module | None,
         kl_weight: float,
         lm_weight: float,
-        coefficient: Callable[[float], float] = lambda progress: 0.0,
+        coefficient: Callable[[float], float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
         self.sparsity, self.kl_weight, self.lm_weight, self.coefficient = sparsity, kl_weight, lm_weight, coefficient
         self._real_tokens = torch.ones(())
+        if (coefficient is None) != (sparsity is None or sparsity.penalty is None):
+            raise ValueError("a penalty and its coefficient belong together: give both, or neither")
         if self.args.n_gpu > 1:
             raise MoyuError(
                 f"{self.args.n_gpu} GPUs in one process would run DataParallel, whose copies the masks do not reach; "
@@ -110,7 +112,7 @@ class SparsityTrainer(Trainer):
             self._note("lm", lm, tokens)
             loss = loss + self.lm_weight * lm
         loss = loss * processes / tokens  # DDP averages gradients over processes; `tokens` is the sum over all of them
-        if training and self.sparsity and self.sparsity.penalty is not None:
+        if training and self.sparsity and self.coefficient:
             penalty = self.sparsity.take_penalty()
             self._note("penalty", penalty, real_tokens)
             weight = self.coefficient(self.state.global_step / self.state.max_steps)

@@ -25,13 +25,25 @@ PREDICTORS = {
 }
 
 
+def predictor_family(predictor: list[Tensor]) -> str:
+    """Families differ in how many tensors they have.
+
+    Raises: ValueError where none has so many.
+    """
+    for family, names in PREDICTORS.items():
+        if len(names) == len(predictor):
+            return family
+    known = " or ".join(f"[{', '.join(names)}] ({family})" for family, names in PREDICTORS.items())
+    raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: expected [] (none), {known}")
+
+
 def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
     """Score of each neuron; a neuron is selected where its score is above zero.
 
     Args: x `[N, D]` model dtype; predictor the tensors of a family in `PREDICTORS`; act the FFN's activation.
     Returns: `[N, F]` fp32.
     """
-    if len(predictor) == len(PREDICTORS["lowrank"]):
+    if predictor_family(predictor) == "lowrank":
         return lowrank_scores(x, *predictor)
     return lowbit_scores(x, act, *predictor)
 
@@ -39,7 +51,7 @@ def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor],
 def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype that each tensor of a predictor must have for a block with D and F of `hidden` and `neurons`."""
     vector = ((neurons,), torch.float32)
-    if len(predictor) == len(PREDICTORS["lowrank"]):
+    if predictor_family(predictor) == "lowrank":
         rank = len(predictor[0])
         return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
     codes = ((neurons, -(-hidden // 4)), torch.uint8)

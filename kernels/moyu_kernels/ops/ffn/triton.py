@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..aot import Launch
-from .naive import ACTIVATIONS, PREDICTORS, predictor_shapes
+from .naive import ACTIVATIONS, PREDICTORS, predictor_family, predictor_shapes
 from .triton_kernels import down_kernel, gate_up_kernel
 from .triton_select import hidden_kernel, round_kernel
 
@@ -38,8 +38,8 @@ def plan(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of one call with their scratch, and the outputs y and counts that they fill."""
     (n, d), f = x.shape, gate.shape[0]
-    lowrank, lowbit = (len(predictor) == len(PREDICTORS[family]) for family in ("lowrank", "lowbit"))
-    r = predictor[0].shape[0] if lowrank else triton.cdiv(d, 4)
+    family = predictor_family(predictor) if predictor else None
+    r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, 4)
     # About 256 blocks and 64 chains, whatever the model: enough programs for a large GPU, few partial sums.
     block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
     blocks = triton.cdiv(f, block)
@@ -67,11 +67,11 @@ def plan(
     launches = []
     score: tuple[Tensor | None, ...] = (None,) * 12
     width = min(2048, max(2, triton.next_power_of_2(d)))
-    if lowrank:
+    if family == "lowrank":
         hidden, (w1, s1, w2, s2, bias) = empty(n, r), predictor
         launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), {"N": n, "COLUMNS": width}, options))
         score = (hidden, w2, s2, *(None,) * 8, bias)
-    elif lowbit:
+    elif family == "lowbit":
         rounded = empty(n, 4 * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
         launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"COLUMNS": width}, options))
         score = (None, None, None, *rounded, *predictor)
@@ -120,11 +120,9 @@ def _check(
         )
     if gate.dim() != 2 or 0 in gate.shape:
         raise ValueError(f"gate has shape {list(gate.shape)}: expected [F, D]")
-    names = next((names for names in ((), *PREDICTORS.values()) if len(names) == len(predictor)), None)
-    if names is None or any(0 in part.shape for part in predictor):
-        shapes = [list(part.shape) for part in predictor]
-        families = " or ".join(f"[{', '.join(names)}]" for names in ((), *PREDICTORS.values()))
-        raise ValueError(f"predictor has shapes {shapes}: expected {families}, none of them empty")
+    names = PREDICTORS[predictor_family(predictor)] if predictor else ()
+    if any(0 in part.shape for part in predictor):
+        raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape
     expected = {
         "x": (x, (x.shape[0], d), x.dtype),
