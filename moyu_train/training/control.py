@@ -72,10 +72,10 @@ class SparsityControl(TrainerCallback):
                 self._terms.append(term)
         if self.counting:
             # An expert sees some of the tokens and does not say which: padding counts there.
-            known = self._real if expert is None else None
-            seen = torch.ones_like(keep[..., 0]) if known is None else known.view(keep.shape[:-1])
-            sums = [mask[seen].sum().double() for mask in (rule, selected, keep)]
-            self._counts[layer] += torch.stack([*sums, seen.sum() * keep.shape[-1]]).cpu()
+            masks = [rule, selected, keep, torch.ones_like(keep)]
+            if self._real is not None and expert is None:
+                masks = [mask & self._real.view(*keep.shape[:-1], 1) for mask in masks]
+            self._counts[layer] += torch.stack([mask.sum().double() for mask in masks]).cpu()
         return keep
 
     @contextmanager
