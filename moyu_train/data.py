@@ -1,6 +1,7 @@
 """Text to documents, documents to token windows. Splits are by document."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,9 +15,10 @@ from moyu_train.errors import MoyuError
 BUILTIN = {
     "state-union-train": "state_union_train.jsonl.gz",
     "state-union-test": "state_union_test.jsonl.gz",
+    "wikipedia-passages": "wikipedia_passages.jsonl.gz",
 }
 
-TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".gz")
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,16 @@ class Documents:
 
         `limit` bounds the total; it is shared evenly over the documents, so that a few long ones do not fill it.
         """
-        share = None if limit is None else max(limit // len(self.tokens), 2)
-        pieces = [(index, piece) for index, doc in enumerate(self.tokens) for piece in doc[:share].split(length)]
+        documents = self.first(limit).tokens
+        pieces = [(index, piece) for index, doc in enumerate(documents) for piece in doc.split(length)]
         return [(index, piece) for index, piece in pieces if len(piece) > 1]
+
+    def first(self, tokens: int | None) -> "Documents":
+        """About so many tokens, evenly from the start of every document; all where `tokens` is None."""
+        if tokens is None:
+            return self
+        share = max(tokens // len(self.tokens), 2)
+        return Documents([document[:share] for document in self.tokens])
 
     def packed(self, length: int, seed: int) -> Tensor:
         """All documents end to end, cut into full windows `[N, length]` in random order; the rest is dropped."""
@@ -52,7 +61,10 @@ class Documents:
 
 
 def read_texts(source: str, text_field: str) -> list[str]:
-    """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`."""
+    """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`.
+
+    A file named `*.raw` is WikiText as published: one document an article, rows joined as in the literature.
+    """
     import datasets
 
     if source.startswith("builtin:"):
@@ -69,7 +81,8 @@ def read_texts(source: str, text_field: str) -> list[str]:
         raise MoyuError(f"text file {source!r} is empty; give a file with at least one document")
     if local and "json" not in suffixes:
         try:
-            return [path.read_text(encoding="utf-8")]
+            text = path.read_text(encoding="utf-8")
+            return _articles(text) if path.suffix == ".raw" else [text]
         except UnicodeDecodeError as error:
             raise MoyuError(
                 f"text file {source!r} is not UTF-8 text ({error.reason}); JSON lines may be "
@@ -88,6 +101,12 @@ def read_texts(source: str, text_field: str) -> list[str]:
             f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set data.text_field"
         )
     return [text for text in rows[text_field] if text and text.strip()]
+
+
+def _articles(text: str) -> list[str]:
+    """WikiText split before each title (` = Title = `); end to end the text that papers measure on."""
+    rows = "\n\n".join(f"{line}\n" if line.strip() else "" for line in text.splitlines())
+    return [article for article in re.split(r"(?m)^(?= = [^=]+ = $)", rows) if article.strip()]
 
 
 def tokenise(texts: list[str], tokenizer: Any, source: str, window: int, max_tokens: int | None = None) -> Documents:

@@ -40,6 +40,7 @@ class Stage:
     function: str  # module:function, called with (run, folder), returns figures
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
+    predictor: bool = False  # runs only where the recipe has one
 
 
 STAGES = {
@@ -47,11 +48,13 @@ STAGES = {
     for stage in (
         Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
         Stage("calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")),
-        Stage("fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor")),
-        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",)),
+        Stage(
+            "fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor"), True
+        ),
+        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), True),
         Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune", "penalty")),
-        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",)),
-        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",)),
+        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), True),
+        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), True),
         Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze")),
         Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
@@ -79,7 +82,8 @@ class Run:
         self.folder = Path(recipe.run)
         start_processes()
         resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-        resolve("predictor", recipe.predictor, PREDICTORS)
+        if recipe.predictor:
+            resolve("predictor", recipe.predictor, PREDICTORS)
         if recipe.penalty:
             resolve("penalty", recipe.penalty, PENALTIES)
         check_writable(self.folder, 0)
@@ -101,6 +105,9 @@ class Run:
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
         blocks = find_blocks(self.skeleton)
+        resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)[0].check(blocks)
+        if self.recipe.predictor is None:
+            return
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
         itemsize = getattr(torch, self.recipe.export.dtype).itemsize
         dense = sum(ffn_bytes(block, itemsize) for block in blocks)
@@ -149,9 +156,29 @@ class Run:
         parts = [*weights, self.train.digest(), self.validation.digest(), self.test.digest()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def key(self, stage: Stage) -> str:
-        parts = [__version__, stage.name, self.inputs_digest, self.recipe.digest(*KEEP, *stage.sections)]
-        parts += [self.key(STAGES[name]) for name in stage.needs]
+    @property
+    def stages(self) -> list[str]:
+        """The stages of this recipe, in order."""
+        return [stage.name for stage in STAGES.values() if self.recipe.predictor or not stage.predictor]
+
+    def needs(self, name: str) -> list[str]:
+        """The stages that one reads from; where one of them is left out, those before it."""
+        found = []
+        for need in STAGES[name].needs:
+            found += [need] if need in self.stages else self.needs(need)
+        return found
+
+    def before(self, name: str) -> Path:
+        """Folder of the stage whose state a stage starts from."""
+        return self.stage_folder(self.needs(name)[0])
+
+    def key(self, name: str) -> str:
+        return self.key_of(name, self.recipe)
+
+    def key_of(self, name: str, recipe: Recipe) -> str:
+        """The key that a stage would have with another recipe on the same model and text."""
+        parts = [__version__, name, self.inputs_digest, recipe.digest(*KEEP, *STAGES[name].sections)]
+        parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def stage_folder(self, name: str) -> Path:
@@ -163,7 +190,7 @@ class Run:
         if not path.is_file():
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["key"] == self.key(STAGES[name]) else None
+        return record if record["key"] == self.key(name) else None
 
     def figures(self, name: str) -> dict[str, Any]:
         """Figures of a stage that has to be finished.
@@ -181,19 +208,20 @@ class Run:
 
 def run_stage(run: Run, name: str) -> dict[str, Any]:
     """Run one stage, or reuse it where it is finished; returns its figures."""
-    stage = STAGES[name]
-    for need in stage.needs:
+    if name not in run.stages:
+        raise MoyuError(f"stage {name!r} fits or calibrates predictors, and this recipe has none (predictor: null)")
+    for need in run.needs(name):
         run.figures(need)
     record = run.finished(name)
     if record is not None:
         console.print(f"[dim]{name}: finished before, reused[/dim]")
         return record["figures"]
-    folder, key = run.stage_folder(name), run.key(stage)
+    folder, key = run.stage_folder(name), run.key(name)
     process = PartialState()
     if process.is_main_process:
         _clear_others(folder, key)
     process.wait_for_everyone()
-    module, function = stage.function.split(":")
+    module, function = STAGES[name].function.split(":")
     console.print(f"[bold]{name}[/bold]")
     started = time.monotonic()
     figures = getattr(importlib.import_module(module), function)(run, folder)
@@ -218,6 +246,6 @@ def _clear_others(folder: Path, key: str) -> None:
 def run_all(run: Run) -> dict[str, Any]:
     """All stages; returns the report stage's figures (the content of result.json)."""
     write_json(run.folder / "recipe.json", run.recipe.model_dump(mode="json"))
-    for name in STAGES:
+    for name in run.stages:
         figures = run_stage(run, name)
     return figures

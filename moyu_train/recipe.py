@@ -36,12 +36,21 @@ class Method(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Adaptive(BaseModel):
+    """The closed loop that finds a penalty's coefficient for `target_sparsity` (moyu_train/penalties/adaptive.py)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    gain: float = Field(0.1, gt=0, description="of the logarithm per step and relative error of the density")
+    ramp: float = Field(0.5, gt=0, le=1, description="share of the steps until the density should be reached")
+
+
 class Penalty(Method):
     """A penalty on activations with its coefficient: one number, or points of (share of the steps, value)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
     coefficient: tuple[tuple[float, float], ...]
     interpolation: Literal["linear", "sine"] = "sine"
+    adaptive: Adaptive | None = None
 
     @field_validator("coefficient", mode="before")
     @classmethod
@@ -63,6 +72,10 @@ class Penalty(Method):
             raise ValueError(
                 "penalty.coefficient holds values that are not finite or below 0, which would reward dense "
                 "activations; use finite values from 0"
+            )
+        if self.adaptive and (len(self.coefficient) > 1 or self.coefficient[0][1] == 0):
+            raise ValueError(
+                "penalty.adaptive moves one coefficient above 0 that it starts from; give a number above 0"
             )
         return self
 
@@ -86,6 +99,15 @@ class Analyze(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank adaptation (arXiv 2106.09685) by peft: only A and B of these projections train, and are merged."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = Field("all-linear", description="module names, or one regular expression")
+
+
 class Optimise(Section):
     tokens: int = Field(24_576, ge=1)
     window: int = Field(256, ge=8, description="tokens per training sequence")
@@ -99,6 +121,7 @@ class Optimise(Section):
     activation_checkpointing: bool = False
     kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
     lm_weight: float = Field(0.0, ge=0, description="next-token loss")
+    lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
 
     @model_validator(mode="after")
     def _loss(self) -> "Optimise":
@@ -118,6 +141,7 @@ class Optimise(Section):
 
 class Control(Section):
     learning_rates: tuple[float, ...] = Field((1e-5, 3e-5, 1e-4), min_length=1, description="best on validation wins")
+    reuse: str = Field("", description="folder of a run with the same text and training settings, to take its control")
 
     @model_validator(mode="after")
     def _distinct(self) -> "Control":
@@ -143,6 +167,7 @@ class Export(Section):
 
 class Evaluate(Section):
     window: int = Field(1024, ge=2)
+    tokens: int | None = Field(None, ge=2, description="score about so many of the test text; default all of it")
     kernel_tokens: int = Field(1024, ge=0, description="tokens decoded one by one through the kernels for the check")
 
 
@@ -166,7 +191,7 @@ class Recipe(Section):
     finetune: Optimise = Optimise()
     penalty: Penalty | None = None
     control: Control = Control()
-    predictor: Method = Method(name="lowbit")
+    predictor: Method | None = Method(name="lowbit")
     fit: Fit = Fit()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
@@ -185,7 +210,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
         _known("sparsifier", self.sparsifier.name, SPARSIFIERS)
-        _known("predictor", self.predictor.name, PREDICTORS)
+        if self.predictor:
+            _known("predictor", self.predictor.name, PREDICTORS)
         if self.penalty:
             _known("penalty", self.penalty.name, PENALTIES)
         return self

@@ -167,7 +167,7 @@ def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
         activation_checkpointing_kwargs={"use_reentrant": False} if variant == "checkpointing" else None,
         deepspeed=zero(int(variant[-1])) if variant.startswith("zero") else None,
     )
-    rule = Threshold(Threshold.Options(gain=GAIN), [torch.full((96,), THRESHOLD)] * 2)
+    rule = Threshold(Threshold.Options(gain=GAIN), [torch.full((96,), THRESHOLD)] * 2, density=0.5)
     penalty = Hoyer(ScaleOptions(), [torch.full((96,), SCALE)] * 2)
     seen = Gradients()
     trainer = SparsityTrainer(

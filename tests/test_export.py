@@ -7,6 +7,7 @@ import moyu_kernels
 import pytest
 import torch
 from moyu_kernels.loading import CheckpointError
+from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model, tokenizer
 from transformers import AutoModelForCausalLM
@@ -26,7 +27,7 @@ IDS = DOCUMENTS.tokens[0][None, :16]
 def exported(folder: Path, family: str = "llama", density: float = 0.4) -> Path:
     model = tiny_model(family)
     rule = calibrate_rule(model, Threshold, Threshold.Options(), density, DOCUMENTS, 200, passes=1)
-    export(model, tokenizer(), folder, "threshold", rule.thresholds, None, None)
+    export(model, tokenizer(), folder, "threshold", rule.rules, None, None)
     return folder
 
 
@@ -59,8 +60,8 @@ def test_marker_architecture_and_block_are_data(tmp_path: Path) -> None:
 
 def test_verify_catches_a_rule_that_is_not_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = exported(tmp_path / "sparse")
-    thresholds, predictors = read_state(folder)
-    wrong = ([t * 1.5 for t in thresholds], predictors)
+    rules, predictors = read_state(folder)
+    wrong = ([Rule(rule.threshold * 1.5) for rule in rules], predictors)
     monkeypatch.setattr("moyu_train.checkpoints.verify.read_state", lambda folder: wrong)
     with pytest.raises(MoyuError, match="logits differ"):
         verify(folder)
@@ -107,6 +108,6 @@ def test_an_interrupted_export_leaves_nothing_loadable(tmp_path: Path, monkeypat
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    thresholds = [torch.full((96,), float("nan")), torch.ones(96)]
+    rules = [Rule(torch.full((96,), float("nan"))), Rule(torch.ones(96))]
     with pytest.raises(MoyuError, match=r"blocks\.0\.threshold holds values that are not finite"):
-        export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", thresholds, None, None)
+        export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", rules, None, None)

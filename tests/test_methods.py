@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels.ops.ffn.naive import gated_ffn, lowrank_scores, pack_codes, predictor_scores, unpack_codes
+from moyu_kernels.rules import Rule
 from tiny import CONFIGS, tiny_model
 
 from moyu_train.analysis.histogram import Histogram
@@ -43,7 +44,7 @@ def test_rule_reaches_its_density_in_every_layer(family: str, statistic: str) ->
     options = Threshold.Options(statistic=statistic)
     rule = calibrate_rule(model, Threshold, options, 0.3, DOCUMENTS, 600, passes=2)
     blocks = find_blocks(model)
-    with SparseMasks(model, rule.thresholds, None) as masks:
+    with SparseMasks(model, rule.rules, None) as masks:
         score(model, DOCUMENTS, 1024, "test")
     places = masks.counts.tokens * torch.tensor([block.neurons for block in blocks])
     assert (masks.counts.kept / places - 0.3).abs().max() < 0.02
@@ -63,7 +64,7 @@ def test_a_layer_that_is_all_zero_is_refused_by_name() -> None:
 
 
 def test_controller_moves_thresholds_towards_the_target() -> None:
-    rule = Threshold(Threshold.Options(), [torch.ones(4), torch.ones(4)])
+    rule = Threshold(Threshold.Options(), [torch.ones(4), torch.ones(4)], density=0.4)
     rule.control(0, density=0.5, target=0.4)
     rule.control(1, density=0.3, target=0.4)
     assert (rule.thresholds[0] > 1).all()
@@ -191,10 +192,10 @@ FAMILIES = {"lowrank": (LowRank, LowRank.Options(rank=4)), "lowbit": (LowBit, Lo
 
 def fitted(
     model: torch.nn.Module, folder: Path, family: str = "lowbit"
-) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+) -> tuple[list[Rule], list[dict[str, torch.Tensor]]]:
     rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 600, passes=1)
     trainer = PredictorTrainer(model, rule, *FAMILIES[family], folder)
-    return rule.thresholds, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
+    return rule.rules, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
 
 
 def test_inputs_without_a_second_moment_are_refused_by_name() -> None:
@@ -211,9 +212,9 @@ def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
     model = tiny_model()
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.ReLU()
-    thresholds, predictors = fitted(model, tmp_path)
+    rules, predictors = fitted(model, tmp_path)
     with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.4"):
-        calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+        calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -246,10 +247,10 @@ def test_interrupted_fit_goes_on_to_the_same_predictors(
 def test_in_loop_calibration_meets_its_target_and_counts_bytes_right(family: str, tmp_path: Path) -> None:
     model = tiny_model()
     blocks = find_blocks(model)
-    thresholds, predictors = fitted(model, tmp_path, family)
-    calibrated, figures = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    rules, predictors = fitted(model, tmp_path, family)
+    calibrated, figures = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
     assert abs(figures["bytes_skipped"] - 0.25) <= 0.002
-    with SparseMasks(model, thresholds, calibrated) as masks:
+    with SparseMasks(model, rules, calibrated) as masks:
         score(model, DOCUMENTS, 1024, "test")
     assert abs(bytes_skipped(masks.blocks, masks.counts, calibrated, 4) - figures["bytes_skipped"]) < 0.003
     # brute force: rows of 32 fp32 values are two whole lines
@@ -272,14 +273,14 @@ def test_rows_that_are_not_whole_lines_cost_one_more() -> None:
 def test_masks_compute_what_the_kernel_defines(family: str, tmp_path: Path) -> None:
     """The multi-token path and the op agree on every row, counts included."""
     model = tiny_model()
-    thresholds, predictors = fitted(model, tmp_path, family)
-    calibrated, _ = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    rules, predictors = fitted(model, tmp_path, family)
+    calibrated, _ = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
     block = find_blocks(model)[0]
     x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
-    with SparseMasks(model, thresholds, calibrated) as masks:
+    with SparseMasks(model, rules, calibrated) as masks:
         found = block.module(x)
     gate, up, down = block.weights()
-    expected, counts = gated_ffn(x[0], gate, up, down.T, thresholds[0], "silu", list(calibrated[0].values()))
+    expected, counts = gated_ffn(x[0], gate, up, down.T, rules[0].threshold, "silu", list(calibrated[0].values()))
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
     assert masks.counts.selected[0] == counts[:, 0].sum()
     assert masks.counts.kept[0] == counts[:, 1].sum()
@@ -288,11 +289,11 @@ def test_masks_compute_what_the_kernel_defines(family: str, tmp_path: Path) -> N
 
 def test_oracle_keeps_as_many_neurons_and_more_contribution(tmp_path: Path) -> None:
     model = tiny_model()
-    thresholds, predictors = fitted(model, tmp_path)
-    calibrated, _ = calibrate_in_loop(model, thresholds, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    rules, predictors = fitted(model, tmp_path)
+    calibrated, _ = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
     mass = {}
     for oracle in (False, True):
-        with SparseMasks(model, thresholds, calibrated, oracle=oracle) as masks:
+        with SparseMasks(model, rules, calibrated, oracle=oracle) as masks:
             find_blocks(model)[0].module(torch.randn(1, 50, 32, generator=torch.Generator().manual_seed(0)))
         mass[oracle] = masks.counts
     assert mass[True].kept[0] == mass[False].kept[0]

@@ -22,7 +22,7 @@ WINDOWS = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_see
 
 def make(folder: Path, batch: int, accumulation: int, steps: int = 3, optimizer: str = "sgd", **options: Any) -> Any:
     model = tiny_model()
-    rule = Threshold(Threshold.Options(gain=options.pop("gain", 0.2)), [torch.full((96,), 0.05)] * 2)
+    rule = Threshold(Threshold.Options(gain=options.pop("gain", 0.2)), [torch.full((96,), 0.05)] * 2, density=0.5)
     rule.thresholds = [t.clone() for t in rule.thresholds]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -120,7 +120,7 @@ def test_padding_is_not_counted_and_experts_take_a_mask() -> None:
     mask[:, 18:] = 0
     for family, shape in (("llama", (96,)), ("mixtral", (4, 48))):
         model = tiny_model(family)
-        rule = Threshold(Threshold.Options(), [torch.full(shape, 0.05)] * 2)
+        rule = Threshold(Threshold.Options(), [torch.full(shape, 0.05)] * 2, density=0.5)
         control = SparsityControl(model, rule, target=0.5)
         with control.armed(True, mask):
             model(WINDOWS[:4], attention_mask=mask)
@@ -129,7 +129,9 @@ def test_padding_is_not_counted_and_experts_take_a_mask() -> None:
         control.remove()
     model = tiny_model()
     penalty = Hoyer(ScaleOptions(), [torch.ones(96)] * 2)
-    control = SparsityControl(model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2), 0.5, penalty=penalty)
+    control = SparsityControl(
+        model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2, density=0.5), 0.5, penalty=penalty
+    )
     for _ in range(2):  # a forward that is not armed keeps nothing
         model(WINDOWS[:4]).logits.sum().backward()
     with pytest.raises(MoyuError, match="no penalty was collected"):
@@ -171,7 +173,9 @@ def test_autocast_does_not_round_the_predicted_mask() -> None:
         fit = LowBit(LowBit.Options(), block, torch.device("cpu"))
         fit.observe(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), torch.rand(500, 96))
         predictors.append(fit.solve())
-    control = SparsityControl(model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2), 0.5, predictors)
+    control = SparsityControl(
+        model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2, density=0.5), 0.5, predictors
+    )
     control._masking._inputs[0] = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
     control.predictors[0]["bias"] -= control._masking.scores(0, control.predictors[0]).median()
     a = torch.ones(4000, 96)

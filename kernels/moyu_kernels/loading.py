@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .ops.ffn.naive import PREDICTORS
-from .seam import ExpertsSeam, Seam
+from .rules import Rule, RuleSeam
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def from_pretrained(
     for index, block in enumerate(block_list):
         threshold = _tensor(folder, state, f"blocks.{index}.threshold")
         predictor = [_tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
-        _install(folder, model, block, settings["activation"], threshold, predictor, mode, backend)
+        rule = Rule(threshold, **settings.get("formula", {}))
+        _install(folder, model, block, settings["activation"], rule, predictor, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
@@ -190,7 +191,7 @@ def _install(
     model: nn.Module,
     block: dict[str, Any],
     act_name: str,
-    threshold: Tensor,
+    rule: Rule,
     predictor: list[Tensor],
     mode: str,
     backend: str,
@@ -204,7 +205,9 @@ def _install(
     projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"]) if name}
     reason = f"layout {layout!r} has no op"
     if layout == "gated":
-        if act is None:
+        if not (rule.stock_activation or (rule.gate, rule.up, rule.keep) == ("stock", "stock", "threshold")):
+            reason = f"rule {rule.describe()} has no op"
+        elif act is None:
             reason = f"activation {act_name!r} has no op"
         elif any(type(p) is not nn.Linear or p.bias is not None for p in projections.values()):
             reason = "its projections are not plain linear layers without biases"
@@ -212,21 +215,18 @@ def _install(
             reason = "it computes more than down(act(gate(x)) * up(x))"
         else:
             device = next(iter(projections.values())).weight.device
-            ffn = SparseGatedFFN(projections, act, threshold, predictor, mode, resolve_backend(backend, device))
+            ffn = SparseGatedFFN(projections, act, rule.threshold, predictor, mode, resolve_backend(backend, device))
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, ffn)
             return
+    names = {"act": block.get("act", ""), "up": block["up"], "down": block["down"]}
     if mode == "dense":
+        if rule.substitutes:
+            RuleSeam(module, names, layout, rule, masked=False)
         return
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
-    if layout == "experts":
-        ExpertsSeam(module, lambda a, expert: _masked(a, threshold[expert]))
-    else:
-        Seam(module, block["down"], lambda a: _masked(a, threshold))
-
-
-def _masked(a: Tensor, threshold: Tensor) -> Tensor:
-    return torch.where(a.abs().float() >= threshold.to(a.device), a, 0.0)
+    rule.threshold = rule.threshold.to(next(module.parameters()).device)
+    RuleSeam(module, names, layout, rule, masked=True)
 
 
 @torch.no_grad()

@@ -14,38 +14,50 @@ from torch import Tensor, nn
 
 
 class Seam:
-    """Transforms the input of the module at attribute `name` of `block`, on every call of the block.
+    """Transforms the input or the output of the module at attribute `name` of `block`, on every call of the block.
 
     Args:
         block: the FFN block; the instance is hooked, its class is not touched.
-        name: attribute of the projection whose input is transformed (the down projection, to mask activations).
-        transform: gets and returns the projection's input `[..., F]`.
+        name: attribute of the module in question (the down projection, to mask activations).
+        transform: gets and returns the module's input, for a down projection `[..., F]`.
+        output: gets the module's inputs and its output, and returns the output.
     """
 
-    def __init__(self, block: nn.Module, name: str, transform: Callable[[Tensor], Tensor]) -> None:
-        self._block, self._name, self._transform = block, name, transform
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        output: Callable[[tuple[Any, ...], Tensor], Tensor] | None = None,
+    ) -> None:
+        self._block, self._name, self._transform, self._output = block, name, transform, output
         self._bound: nn.Module | None = None
-        self._inner: Any = None
+        self._inner: list[Any] = []
         self._outer = block.register_forward_pre_hook(self._rebind)
         self._rebind()
 
     def _rebind(self, *_: Any) -> None:
         current = getattr(self._block, self._name)
-        if current is not self._bound:
-            if self._inner is not None:
-                self._inner.remove()
-            self._inner = current.register_forward_pre_hook(self._apply)
-            self._bound = current
+        if current is self._bound:
+            return
+        self._release()
+        transform, output = self._transform, self._output
+        if transform:
+            self._inner.append(current.register_forward_pre_hook(lambda module, args: (transform(args[0]), *args[1:])))
+        if output:
+            self._inner.append(current.register_forward_hook(lambda module, args, value: output(args, value)))
+        self._bound = current
 
-    def _apply(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._transform(args[0]), *args[1:])
+    def _release(self) -> None:
+        for handle in self._inner:
+            handle.remove()
+        self._inner.clear()
 
     def remove(self) -> None:
         """Undo: the block is as it was."""
         self._outer.remove()
-        if self._inner is not None:
-            self._inner.remove()
-        self._bound = self._inner = None
+        self._release()
+        self._bound = None
 
 
 class ExpertsSeam:

@@ -1,5 +1,6 @@
 """Writes a sparse checkpoint (docs/checkpoint-format.md) and checks what it wrote before it says done."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from moyu_kernels.loading import FORMAT_VERSION, MANIFEST, STATE
+from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,38 +34,46 @@ def export(
     model: Any,
     tokenizer: Any,
     folder: Path,
-    rule: str,
-    thresholds: list[Tensor],
+    name: str,
+    rules: list[Rule],
     predictors: list[dict[str, Tensor]] | None,
     family: str | None,
     selected: float | None = None,
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
 
+    name: of the sparsifier; rules: one a block, alike but for their thresholds;
     selected: share of the neurons that the predictors selected on the calibration text, for the density guard.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
     """
     blocks = find_blocks(model)
-    tensors = thresholds_to_tensors(thresholds) | (predictors_to_tensors(predictors) if predictors else {})
-    for name, tensor in tensors.items():
+    tensors = thresholds_to_tensors([rule.threshold for rule in rules]) | (
+        predictors_to_tensors(predictors) if predictors else {}
+    )
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise MoyuError(f"{name} holds values that are not finite; calibrate or fit again on more text")
+            raise MoyuError(f"{key} holds values that are not finite; calibrate or fit again on more text")
     config = model.config
     base, field, stock = base_activation(config), activation_field(config), [type(model).__name__]
     clear_marker(config)
+    known = rules[0].stock_activation  # then stock code computes this very function, and may
     digest = ffn_sha256(model)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        set_marker(config, rule)
-        config.architectures = [f"Moyu{name}" for name in stock]
+        if known:
+            setattr(config, field, known)
+        else:
+            set_marker(config, name)
+        config.architectures = [f"Moyu{architecture}" for architecture in stock]
         config.moyu = {
             "format_version": FORMAT_VERSION,
-            "rule": rule,
-            "activation": base,
+            "rule": name,
+            "formula": rules[0].describe(),
+            "activation": known or base,
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
@@ -85,7 +95,10 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_state(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]] | None]:
-    """Thresholds and predictors (None where there are none) of a sparse checkpoint."""
+def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:
+    """Rules and predictors (None where there are none) of a sparse checkpoint."""
     tensors = load_file(folder / STATE)
-    return thresholds_from_tensors(tensors), predictors_from_tensors(tensors) or None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    formula = config["moyu"].get("formula", {})
+    rules = [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
+    return rules, predictors_from_tensors(tensors) or None

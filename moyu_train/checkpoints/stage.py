@@ -12,7 +12,7 @@ from moyu_train.files import check_writable
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
-from moyu_train.training.stages import read
+from moyu_train.training.stages import read, sparsifier_of
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
@@ -25,10 +25,11 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     dtype = getattr(torch, run.recipe.export.dtype)
     model = load_dense(run.stage_folder("finetune") / "model", dtype)
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    thresholds, predictors = read(run.stage_folder("recalibrate"))
-    rule, family = run.recipe.sparsifier.name, run.recipe.predictor.name
-    selected = run.figures("recalibrate")["selected_share"]
-    export(model, run.tokenizer, folder / CHECKPOINT, rule, thresholds, predictors, family, selected)
+    thresholds, predictors = read(run.before("export"))
+    rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name
+    family = run.recipe.predictor.name if run.recipe.predictor else None
+    selected = run.figures("recalibrate")["selected_share"] if family else None
+    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected)
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.models.loading import load_dense
 
+TOLERANCE = 1e-4  # largest relative difference of logits in fp32
+
 # Runs where neither of our packages can be imported: what a stranger with stock transformers would see.
 STOCK_LOAD = """
 import sys
@@ -22,11 +25,14 @@ for name in ("moyu_train", "moyu_kernels"):
     sys.modules[name] = None
 from transformers import AutoModelForCausalLM
 try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32")
 except KeyError as error:
     print("refused:", error)
 else:
-    print("loaded")
+    import torch
+    tensors = torch.load(sys.argv[2], weights_only=True)
+    logits = model(input_ids=tensors["ids"], use_cache=False).logits
+    print("loaded, gap", ((logits - tensors["logits"]).norm() / tensors["logits"].norm()).item())
 """
 
 
@@ -35,7 +41,8 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     """Check a sparse checkpoint and return the figures.
 
     Logits of the kernels' rule mode are compared with stock code under the same rule mask, in fp32, over `tokens`
-    random token ids; and a subprocess without our packages must fail to load the folder, with the marker's KeyError.
+    random token ids. A subprocess without our packages must fail to load the folder, with the marker's KeyError; or,
+    where the rule is a stock activation, load it and compute the same logits.
 
     Raises: MoyuError where any of it does not hold.
     """
@@ -49,21 +56,28 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     marker = marker_of(folder)
     del sparse
     stock = load_dense(folder)
-    thresholds, predictors = read_state(folder)
-    with SparseMasks(stock, thresholds, None):
+    rules, predictors = read_state(folder)
+    with SparseMasks(stock, rules, None):
         expected = stock(input_ids=ids, use_cache=False).logits
     gap = ((found - expected).norm() / expected.norm()).item()
-    if not gap < 1e-4:
+    if not gap < TOLERANCE:
         raise MoyuError(f"{str(folder)!r}: the reloaded model's logits differ from the rule's by {gap:.2e} (relative)")
-    result = subprocess.run(
-        [sys.executable, "-c", STOCK_LOAD, str(folder)], capture_output=True, text=True, check=False
-    )
+    with tempfile.TemporaryDirectory() as place:
+        torch.save({"ids": ids, "logits": expected}, f"{place}/expected.pt")
+        command = [sys.executable, "-c", STOCK_LOAD, str(folder), f"{place}/expected.pt"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    figures = {"logits_relative_error": gap, "predictors": bool(predictors)}
+    said = (result.stdout + result.stderr)[-500:]
+    if rules[0].stock_activation:
+        words = result.stdout.split()
+        if words[:2] != ["loaded,", "gap"] or not float(words[2]) < TOLERANCE:
+            raise MoyuError(f"{str(folder)!r}: stock transformers does not compute the same logits; it said: {said}")
+        return figures | {"stock_refuses": False, "stock_relative_error": float(words[2])}
     if "refused:" not in result.stdout or marker not in result.stdout:
         raise MoyuError(
-            f"{str(folder)!r}: stock transformers did not refuse the folder with its marker; it said: "
-            f"{(result.stdout + result.stderr)[-500:]}"
+            f"{str(folder)!r}: stock transformers did not refuse the folder with its marker; it said: {said}"
         )
-    return {"logits_relative_error": gap, "stock_refuses": True, "predictors": bool(predictors)}
+    return figures | {"stock_refuses": True}
 
 
 def marker_of(folder: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moyu_kernels.rules import Rule
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
@@ -62,7 +63,7 @@ class SparseMasks:
     """Puts a sparse model's masks on a stock model and counts them.
 
     Args:
-        thresholds: the rule, fp32 `[F]` a layer.
+        rules: one a layer.
         predictors: storage form a layer, or None for the rule mask alone.
         cuts: per layer the score above which a neuron is selected, default 0.
         oracle: keep as many neurons per token and layer as the mask would, but those of largest contribution.
@@ -72,24 +73,22 @@ class SparseMasks:
     def __init__(
         self,
         model: Any,
-        thresholds: list[Tensor],
+        rules: list[Rule],
         predictors: list[dict[str, Tensor]] | None,
         cuts: list[float] | None = None,
         oracle: bool = False,
         observe: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self.blocks = find_blocks(model)
-        self.thresholds, self.predictors, self.oracle, self.observe = thresholds, predictors, oracle, observe
+        self.rules, self.predictors, self.oracle, self.observe = rules, predictors, oracle, observe
         self.cuts = cuts or [0.0] * len(self.blocks)
         self.norms = [block.down_norms() for block in self.blocks]
         self.counts = Counts.zeros(len(self.blocks))
-        self._masking = Masking(self.blocks, self._keep, inputs=predictors is not None)
+        self._masking = Masking(self.blocks, self._keep, inputs=bool(predictors), rules=rules)
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
-        threshold, norm = self.thresholds[layer], self.norms[layer]
-        if expert is not None:
-            threshold, norm = threshold[expert], norm[expert]
-        rule = (a.abs() >= threshold) & (a != 0)
+        norm = self.norms[layer] if expert is None else self.norms[layer][expert]
+        rule = self.rules[layer].mask(a, expert) & (a != 0)
         contribution = a.abs().float() * norm
         if self.predictors:
             scores = self._masking.scores(layer, self.predictors[layer]).view_as(a)

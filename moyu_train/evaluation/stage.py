@@ -16,7 +16,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
-from moyu_train.training.stages import read
+from moyu_train.training.stages import read, sparsifier_of
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
@@ -30,10 +30,10 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
     The masked multi-token path computes in fp32 on the stored weights. `kernel_tokens` of the text are decoded one by
     one through the kernels in the stored dtype, and have to give the same perplexity.
     """
-    thresholds, predictors = read_state(folder)
+    rules, predictors = read_state(folder)
     itemsize = model_itemsize(folder)
     model = load_dense(folder)
-    with SparseMasks(model, thresholds, predictors) as masks:
+    with SparseMasks(model, rules, predictors) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
     figures: dict[str, Any] = {
         "scores": sparse,
@@ -41,14 +41,16 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
         "neurons_off": masks.neurons_off(),
         "layers": masks.per_layer(),
     }
-    with SparseMasks(model, thresholds, predictors, oracle=True):
+    with SparseMasks(model, rules, predictors, oracle=True):
         figures["oracle"] = score(model, documents, window, "evaluate: oracle at the same density")
-    with SparseMasks(model, thresholds, None) as rule:
-        figures["rule"] = score(model, documents, window, "evaluate: rule mask")
-    figures["rule_neurons_off"] = rule.neurons_off()
+    figures |= {"rule": sparse, "rule_neurons_off": masks.neurons_off()}
+    if predictors:
+        with SparseMasks(model, rules, None) as rule:
+            figures["rule"] = score(model, documents, window, "evaluate: rule mask")
+        figures["rule_neurons_off"] = rule.neurons_off()
     if kernel_tokens:
         few = Documents([documents.tokens[0][: min(kernel_tokens, window)]])
-        with SparseMasks(model, thresholds, predictors):
+        with SparseMasks(model, rules, predictors):
             masked = score(model, few, window, "evaluate: masked path").perplexity
         del model
         figures["kernels"] = decode_perplexity(folder, few) | {"masked_perplexity": masked}
@@ -78,13 +80,13 @@ def decode_perplexity(folder: Path, documents: Documents) -> dict[str, Any]:
 
 def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     """All perplexities of the result table, each on all tokens of the held-out documents."""
-    window, documents = run.recipe.evaluate.window, run.test
+    window, documents = run.recipe.evaluate.window, run.test.first(run.recipe.evaluate.tokens)
     checkpoint = run.stage_folder("export") / CHECKPOINT
     found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens)
     model = run.dense()
     dense = score(model, documents, window, "evaluate: dense")
-    thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
-    with SparseMasks(model, thresholds, predictors) as masks:
+    thresholds, predictors = read(run.before("finetune"))
+    with SparseMasks(model, sparsifier_of(run.recipe, thresholds).rules, predictors) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, model_itemsize(checkpoint))
     model = load_dense(run.stage_folder("control") / run.figures("control")["model"])

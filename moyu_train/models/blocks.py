@@ -31,10 +31,11 @@ class FFNBlock:
     hidden: int  # D
     neurons: int  # F, of one expert
     experts: int = 1
+    act: str = ""  # attribute of `module` that holds the activation
 
     def describe(self) -> dict[str, Any]:
         """The data that the checkpoint's config block records."""
-        names = ("path", "layout", "gate", "up", "down", "neurons", "hidden", "experts")
+        names = ("path", "layout", "gate", "up", "down", "neurons", "hidden", "experts", "act")
         return {name: getattr(self, name) for name in names}
 
     def weights(self) -> list[Tensor]:
@@ -45,7 +46,8 @@ class FFNBlock:
         return [base_layer(getattr(self.module, name)).weight.detach() for name in names]
 
     def activation(self) -> nn.Module:
-        return next(child for child in self.module.children() if isinstance(child, _activation_classes()))
+        module: nn.Module = getattr(self.module, self.act)
+        return module
 
     def down_norms(self) -> Tensor:
         """`norm(W_down[:, i])` of each neuron, fp32 `[F]`, or `[E, F]` for experts."""
@@ -72,10 +74,10 @@ def _sizes(projection: Any) -> tuple[int, int] | None:
 
 def _match_linear(path: str, module: nn.Module) -> FFNBlock | None:
     children = dict(module.named_children())
-    activated = any(isinstance(child, _activation_classes()) for child in children.values())
+    act = _activation_name(module)
     for layout, patterns in (("gated", GATED), ("fused", FUSED), ("plain", PLAIN)):
         for names in patterns:
-            if not activated or not all(name in children for name in names):
+            if not act or not all(name in children for name in names):
                 continue
             ups, down = [_sizes(children[name]) for name in names[:-1]], _sizes(children[names[-1]])
             if down is None or None in ups:
@@ -85,8 +87,12 @@ def _match_linear(path: str, module: nn.Module) -> FFNBlock | None:
             if any(size != (hidden, width) for size in ups):
                 continue
             gate = names[0] if layout == "gated" else None
-            return FFNBlock(path, module, layout, gate, names[-2], names[-1], hidden, neurons)
+            return FFNBlock(path, module, layout, gate, names[-2], names[-1], hidden, neurons, act=act)
     return None
+
+
+def _activation_name(module: nn.Module) -> str:
+    return next((name for name, child in module.named_children() if isinstance(child, _activation_classes())), "")
 
 
 @functools.cache
@@ -102,7 +108,8 @@ def _match_experts(path: str, module: nn.Module) -> FFNBlock | None:
     experts, hidden, neurons = down.shape
     if up.shape != (experts, 2 * neurons, hidden):
         return None
-    return FFNBlock(path, module, "experts", None, "gate_up_proj", "down_proj", hidden, neurons, experts)
+    act = _activation_name(module)
+    return FFNBlock(path, module, "experts", None, "gate_up_proj", "down_proj", hidden, neurons, experts, act)
 
 
 def find_blocks(model: nn.Module) -> list[FFNBlock]:

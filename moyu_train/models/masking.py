@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 from moyu_kernels.ops.ffn.naive import predictor_scores
+from moyu_kernels.rules import Rule, Substitution
 from moyu_kernels.seam import ExpertsSeam, Seam
 from torch import Tensor
 
@@ -19,16 +20,32 @@ class Masking:
 
     Args:
         blocks: from `find_blocks`.
-        keep: the rule; sees each block's activation `[..., F]` (tokens in front), and the expert's index for experts.
+        keep: sees each block's activation `[..., F]` (tokens in front), and the expert's index for experts.
         inputs: also record the FFN's input, so that `keep` may read `self.input(layer)` `[..., D]`.
+        rules: put each rule's gate and up on the block, so that `keep` sees the activation that results.
+        gates: also record the activated gate before its threshold, for `keep` to read by `self.gate(layer)` `[..., F]`.
+        straight_through: the gradient is that of the activation without the mask.
     """
 
-    def __init__(self, blocks: list[FFNBlock], keep: Keep, inputs: bool = False) -> None:
-        self._blocks, self._inputs = blocks, dict[int, Tensor]()
-        self._seams: list[Seam | ExpertsSeam] = []
+    def __init__(
+        self,
+        blocks: list[FFNBlock],
+        keep: Keep,
+        inputs: bool = False,
+        rules: list[Rule] | None = None,
+        gates: bool = False,
+        straight_through: bool = False,
+    ) -> None:
+        self._blocks, self._inputs, self._gates = blocks, dict[int, Tensor](), dict[int, Tensor]()
+        self._rules, self._straight_through = rules, straight_through
+        self._seams: list[Seam | ExpertsSeam | Substitution] = []
         for layer, block in enumerate(blocks):
             if inputs:
                 self._seams.append(Seam(block.module, block.up, self._recorder(layer)))
+            if rules or gates:
+                rule = rules[layer] if rules else Rule(torch.zeros(()))
+                watch = self._gate_recorder(layer) if gates else None
+                self._seams.append(Substitution(block.module, block.act, block.up, rule, watch))
             if block.layout == "experts":
                 self._seams.append(ExpertsSeam(block.module, self._expert_mask(layer, keep)))
             else:
@@ -37,9 +54,15 @@ class Masking:
     def input(self, layer: int) -> Tensor:
         return self._inputs[layer]
 
+    def gate(self, layer: int) -> Tensor:
+        return self._gates[layer]
+
     def scores(self, layer: int, predictor: dict[str, Tensor]) -> Tensor:
         """A predictor's score of each neuron on the recorded input, fp32 `[..., F]`."""
-        return predictor_scores(self._inputs[layer], list(predictor.values()), self._blocks[layer].activation())
+        stock = self._blocks[layer].activation().forward
+        rule = self._rules[layer] if self._rules else None
+        act = (lambda g: rule.activate_gate(g, stock(g), stock)) if rule else stock
+        return predictor_scores(self._inputs[layer], list(predictor.values()), act)
 
     def _recorder(self, layer: int) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor) -> Tensor:
@@ -48,19 +71,24 @@ class Masking:
 
         return record
 
-    @staticmethod
-    def _mask(layer: int, keep: Keep) -> Callable[[Tensor], Tensor]:
-        return lambda a: masked(a, keep(layer, a, None))
+    def _gate_recorder(self, layer: int) -> Callable[[Tensor], None]:
+        def record(value: Tensor) -> None:
+            self._gates[layer] = value
 
-    @staticmethod
-    def _expert_mask(layer: int, keep: Keep) -> Callable[[Tensor, int], Tensor]:
-        return lambda a, expert: masked(a, keep(layer, a, expert))
+        return record
+
+    def _mask(self, layer: int, keep: Keep) -> Callable[[Tensor], Tensor]:
+        return lambda a: masked(a, keep(layer, a, None), self._straight_through)
+
+    def _expert_mask(self, layer: int, keep: Keep) -> Callable[[Tensor, int], Tensor]:
+        return lambda a, expert: masked(a, keep(layer, a, expert), self._straight_through)
 
     def remove(self) -> None:
         for seam in self._seams:
             seam.remove()
         self._seams.clear()
         self._inputs.clear()
+        self._gates.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -69,5 +97,7 @@ class Masking:
         self.remove()
 
 
-def masked(a: Tensor, keep: Tensor | None) -> Tensor:
-    return a if keep is None else torch.where(keep, a, 0.0)
+def masked(a: Tensor, keep: Tensor | None, straight_through: bool = False) -> Tensor:
+    if keep is None:
+        return a
+    return a - torch.where(keep, 0.0, a).detach() if straight_through else torch.where(keep, a, 0.0)

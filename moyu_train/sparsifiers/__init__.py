@@ -2,4 +2,11 @@
 
 SPARSIFIERS = {
     "threshold": "moyu_train.sparsifiers.threshold:Threshold",
+    "gate_threshold": "moyu_train.sparsifiers.gate_threshold:GateThreshold",
+    "relu": "moyu_train.sparsifiers.relu:ReLU",
+    "fatrelu": "moyu_train.sparsifiers.relu:FATReLU",
+    "relu2": "moyu_train.sparsifiers.relu:ReLU2",
+    "drelu": "moyu_train.sparsifiers.relu:DReLU",
+    "topk": "moyu_train.sparsifiers.topk:TopK",
+    "statistical_topk": "moyu_train.sparsifiers.topk:StatisticalTopK",
 }

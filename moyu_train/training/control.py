@@ -14,6 +14,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
+from moyu_train.penalties.adaptive import AdaptiveCoefficient
 
 STATE_FILE = "moyu_training.safetensors"
 
@@ -32,6 +33,7 @@ class SparsityControl(TrainerCallback):
         predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
         penalty: an instance from the registry. It sees the activations before the mask. A trainer runs its forward
             within `armed` and adds what `take_penalty` returns to its loss, as SparsityTrainer does.
+        adaptive: moves the penalty's coefficient by the density that the rule keeps.
     """
 
     def __init__(
@@ -41,23 +43,32 @@ class SparsityControl(TrainerCallback):
         target: float,
         predictors: list[dict[str, Tensor]] | None = None,
         penalty: Any = None,
+        adaptive: AdaptiveCoefficient | None = None,
     ) -> None:
         self.blocks: list[FFNBlock] = find_blocks(model)
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
-        self.penalty = penalty
+        self.penalty, self.adaptive = penalty, adaptive
         self._terms: list[Tensor] = []
         self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
         self.counting, self._collecting = True, False
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         set_marker(model.config, sparsifier.name)
-        self._masking = Masking(self.blocks, self._keep, inputs=predictors is not None)
+        sparsifier.check(self.blocks)
+        sparsifier.advance(0.0)
+        self._masking = Masking(
+            self.blocks,
+            self._keep,
+            inputs=bool(predictors),
+            rules=sparsifier.rules,
+            straight_through=sparsifier.straight_through,
+        )
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self.blocks), 4, dtype=torch.float64)  # rule, selected, kept, seen
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
-        rule = keep = self.sparsifier.keep(layer, a, expert)
+        rule = keep = self.sparsifier.rules[layer].mask(a, expert)
         selected = torch.ones_like(rule)
         if self.predictors:
             with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # fp32, as in the export
@@ -108,6 +119,7 @@ class SparsityControl(TrainerCallback):
         ]
         if self.penalty is not None:
             self.penalty.scales = [scale.to(args.device) for scale in self.penalty.scales]
+        self.sparsifier.advance(state.global_step / max(state.max_steps, 1))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,11 +128,20 @@ class SparsityControl(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             counts = counts.to(args.device)
             torch.distributed.all_reduce(counts)
-            counts = counts.cpu()
-        self.density = counts[:, :3] / counts[:, 3:].clamp_min(1)
-        self._counts = self._zeros()
+            self._counts = counts.cpu()
+        kept = self.take_density()
+        progress = (state.global_step + 1) / max(state.max_steps, 1)
+        if self.adaptive:
+            self.adaptive.update(kept, self.target, progress)
         for layer, density in enumerate(self.density[:, 0].tolist()):
             self.sparsifier.control(layer, density, self.target)
+        self.sparsifier.advance(progress)
+
+    def take_density(self) -> float:
+        """Of all that was counted since the last call: sets `density` per layer, and returns the rule's mean."""
+        self.density = self._counts[:, :3] / self._counts[:, 3:].clamp_min(1)
+        self._counts = self._zeros()
+        return self.density[:, 0].mean().item()
 
     def metrics(self) -> dict[str, float]:
         """Target against achieved, for every log line; `kept` is what rule and prediction leave together."""
@@ -132,17 +153,22 @@ class SparsityControl(TrainerCallback):
             "sparsity_highest_layer": 1 - self.density[:, 0].min().item(),
             "selected": selected,
             "kept": kept,
+            **({"coefficient": self.adaptive.value} if self.adaptive else {}),
         }
 
     def save(self, folder: Path) -> None:
-        """Thresholds and last densities, fp32 and fp64 whatever the model's dtype, beside a training checkpoint."""
+        """Thresholds, densities and the adaptive coefficient, in fp32 and fp64, beside a training checkpoint."""
         tensors = thresholds_to_tensors(self.sparsifier.thresholds)
+        if self.adaptive:
+            tensors["coefficient"] = self.adaptive.state()
         save_file({**tensors, "density": self.density}, folder / STATE_FILE)
 
     def load(self, folder: Path) -> None:
         tensors = load_file(folder / STATE_FILE)
         self.density = tensors["density"]
         self.sparsifier.thresholds = thresholds_from_tensors(tensors)
+        if self.adaptive:
+            self.adaptive.load(tensors["coefficient"])
 
     def remove(self) -> None:
         self._masking.remove()

@@ -50,9 +50,10 @@ class PredictorTrainer:
             x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
             contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
             self.predictors[layer].observe(x, contribution)
-            return self.sparsifier.keep(layer, a, expert)
+            mask: Tensor = self.sparsifier.rules[layer].mask(a, expert)
+            return mask
 
-        masking = Masking(self.blocks, keep, inputs=True)
+        masking = Masking(self.blocks, keep, inputs=True, rules=self.sparsifier.rules)
         with masking:
             for index in track(range(start, len(windows)), "fit predictors"):
                 ids = windows[index][None].to(device_of(self.model))

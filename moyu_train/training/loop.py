@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from moyu_kernels.rules import Rule
 from torch import Tensor
 
 from moyu_train.analysis.histogram import Histogram
@@ -17,7 +18,7 @@ SCORES = 8.0  # a cut lies within so many times the mean that a predictor measur
 
 def calibrate_in_loop(
     model: Any,
-    thresholds: list[Tensor],
+    rules: list[Rule],
     predictors: list[dict[str, Tensor]],
     documents: Documents,
     tokens: int,
@@ -35,7 +36,7 @@ def calibrate_in_loop(
     cuts = [-math.inf] * len(predictors)  # the first round runs the rule mask, only to see the scores
     for number in range(ROUNDS):
         histogram = Histogram(len(predictors), -SCORES, SCORES)
-        with SparseMasks(model, thresholds, predictors, cuts, observe=histogram.add) as masks:
+        with SparseMasks(model, rules, predictors, cuts, observe=histogram.add) as masks:
             perplexity = score(model, documents, 1024, f"calibrate in loop {number + 1}", tokens).perplexity
         skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
         if number and abs(skipped - target) <= TOLERANCE:

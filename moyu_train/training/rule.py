@@ -19,23 +19,30 @@ LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
 def calibrate_rule(
     model: Any, cls: Any, options: Any, density: float, documents: Documents, tokens: int, passes: int
 ) -> Any:
-    """A sparsifier whose rule keeps `density` of the neurons of every layer on this text.
+    """A sparsifier whose rule keeps `density` of the neurons of every layer on this text, where the method calibrates.
 
     The first pass sees dense activations; each later one sees what the layers before it produce under the mask of the
     pass before, which is what the rule will meet.
     """
     blocks = find_blocks(model)
-    scales = [cls.scales(options, block) for block in blocks]
+    cls.check(blocks)
+    if not cls.calibrates:
+        return cls.start(options, blocks, density)
+    scales = [cls.statistic(options, block) for block in blocks]
+    at_gate = cls.calibrates == "gate"
     sparsifier: Any = None
     for number in range(passes):
         histogram = Histogram(len(blocks), *LOG2_RANGE)
 
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
             scale = scales[layer] if expert is None else scales[layer][expert]
-            histogram.add(layer, (a.abs().float() * scale).clamp_min(1e-30).log2())  # noqa: B023 - the hook lives no longer than this pass
-            return sparsifier.keep(layer, a, expert) if sparsifier else None  # noqa: B023
+            value = masking.gate(layer) if at_gate else a  # noqa: B023 - the hook lives no longer than this pass
+            histogram.add(layer, (value.abs().float() * scale).clamp_min(1e-30).log2())  # noqa: B023
+            return sparsifier.rules[layer].mask(a, expert) if sparsifier else None  # noqa: B023
 
-        with Masking(blocks, keep):
+        rules = sparsifier.rules if sparsifier else cls.start(options, blocks, density).rules
+        masking = Masking(blocks, keep, rules=rules, gates=at_gate)
+        with masking:
             for _, ids in track(documents.windows(1024, tokens), f"calibrate rule {number + 1}/{passes}"):
                 model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
         silent = [
@@ -46,5 +53,5 @@ def calibrate_rule(
                 f"every activation of {', '.join(silent)} is zero on the calibration text, so no threshold can be set; "
                 "check the weights, or give other text"
             )
-        sparsifier = cls.calibrated(options, blocks, [2.0**level for level in histogram.levels(density)])
+        sparsifier = cls.calibrated(options, blocks, [2.0**level for level in histogram.levels(density)], density)
     return sparsifier

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,15 +29,17 @@ from moyu_train.models.state import (
     thresholds_to_tensors,
 )
 from moyu_train.penalties import PENALTIES
+from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.penalties.schedule import coefficient
 from moyu_train.predictors import PREDICTORS
-from moyu_train.recipe import Optimise
+from moyu_train.recipe import Optimise, Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
+from moyu_train.training.lora import adapt, merge
 from moyu_train.training.rule import calibrate_rule
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
@@ -71,6 +74,11 @@ class Windows(Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
+def sparsifier_of(recipe: Recipe, thresholds: list[Tensor]) -> Any:
+    cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    return cls(options, thresholds, 1 - recipe.target_sparsity)
+
+
 def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Levels of the rule on the dense model."""
     recipe = run.recipe
@@ -95,8 +103,11 @@ def training_windows(run: "Run", settings: Optimise) -> Tensor:
 
 def train(
     run: "Run", folder: Path, settings: Optimise, learning_rate: float, sparsity: SparsityControl | None, model: Any
-) -> list[dict[str, float]]:
-    """Fine-tune `model` in place, resuming from the last complete checkpoint; returns the log lines."""
+) -> tuple[Any, list[dict[str, float]], dict[str, float]]:
+    """Fine-tune `model` in place, resuming from the last complete checkpoint.
+
+    Returns: the model, deltas merged; the log lines; what merging changed.
+    """
     parent = run.dense() if settings.kl_weight and sparsity else None
     penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
@@ -128,27 +139,40 @@ def train(
         average_tokens_across_devices=True,
         report_to="none",
     )
+    windows = training_windows(run, settings)
+    adapted = adapt(model, settings.lora) if settings.lora else model
+    coefficients: Callable[[float], float] | None = None
+    if penalty:
+        adaptive = sparsity.adaptive if sparsity else None
+        points = partial(coefficient, penalty.coefficient, penalty.interpolation)
+        coefficients = (lambda _: adaptive.value) if adaptive else points
     trainer = SparsityTrainer(
-        model=model,
+        model=adapted,
         args=arguments,
-        train_dataset=Windows(training_windows(run, settings)),
+        train_dataset=Windows(windows),
         sparsity=sparsity,
         parent=parent,
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
-        coefficient=partial(coefficient, penalty.coefficient, penalty.interpolation) if penalty else None,
+        coefficient=coefficients,
     )
     with PartialState().main_process_first():
         checkpoint = last_complete_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return [line for line in trainer.state.log_history if "loss" in line]
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    if not settings.lora:
+        return model, log, {}
+    if PartialState().is_main_process:
+        adapted.save_pretrained(folder / "adapter")
+    merged, figures = merge(adapted, sparsity, windows[0])
+    return merged, log, figures
 
 
 def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
     recipe = run.recipe
-    sparsifier, sparsifier_options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    assert recipe.predictor  # the pipeline runs this stage only with one
     cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
-    trainer = PredictorTrainer(model, sparsifier(sparsifier_options, thresholds), cls, options, folder)
+    trainer = PredictorTrainer(model, sparsifier_of(recipe, thresholds), cls, options, folder)
     windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
     predictors = trainer.fit(windows, recipe.fit.save_every)
     write(folder, thresholds, predictors)
@@ -162,7 +186,7 @@ def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict
 
 def fit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
     """Predictors of the dense model's activations under the rule, all layers in one pass."""
-    thresholds, _ = read(run.stage_folder("calibrate"))
+    thresholds, _ = read(run.before("fit-predictors"))
     return _fit(run, folder, run.dense(), thresholds)
 
 
@@ -178,7 +202,13 @@ def _in_loop(run: "Run", folder: Path, source: Path, model: Any) -> dict[str, An
     settings = run.recipe.calibrate
     itemsize = ITEMSIZE[run.recipe.export.dtype]
     predictors, figures = calibrate_in_loop(
-        model, thresholds, fitted, run.validation, settings.tokens, settings.bytes_skipped, itemsize
+        model,
+        sparsifier_of(run.recipe, thresholds).rules,
+        fitted,
+        run.validation,
+        settings.tokens,
+        settings.bytes_skipped,
+        itemsize,
     )
     write(folder, thresholds, predictors)
     return figures
@@ -197,13 +227,20 @@ def _check_memory(run: "Run", parent: bool) -> None:
     check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
 
 
-def _penalty(run: "Run", model: Any) -> Any:
-    """The recipe's penalty, scaled on the text and the dense weights that training starts from."""
-    if run.recipe.penalty is None:
-        return None
-    cls, options = resolve("penalty", run.recipe.penalty, PENALTIES)
-    windows = training_windows(run, run.recipe.finetune)[:SCALE_WINDOWS]
-    return cls(options, measure_scales(model, options, windows))
+def _sparsity(run: "Run", model: Any) -> SparsityControl:
+    """The recipe's rule and predictors on `model`, and its penalty, scaled on the text and weights it starts from."""
+    recipe = run.recipe
+    thresholds, predictors = read(run.before("finetune"))
+    penalty = adaptive = None
+    if recipe.penalty:
+        cls, options = resolve("penalty", recipe.penalty, PENALTIES)
+        windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
+        penalty = cls(options, measure_scales(model, options, windows))
+        if recipe.penalty.adaptive:
+            loop = recipe.penalty.adaptive
+            adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
+    sparsifier = sparsifier_of(recipe, thresholds)
+    return SparsityControl(model, sparsifier, 1 - recipe.target_sparsity, predictors, penalty, adaptive)
 
 
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
@@ -213,13 +250,10 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     """
     recipe, settings = run.recipe, run.recipe.finetune
     _check_memory(run, parent=settings.kl_weight > 0)
-    cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-    thresholds, predictors = read(run.stage_folder("calibrate-in-loop"))
     model = run.dense()
-    sparsity = SparsityControl(
-        model, cls(options, thresholds), 1 - recipe.target_sparsity, predictors, _penalty(run, model)
-    )
-    log = train(run, folder, settings, settings.learning_rate, sparsity, model)
+    sparsity = _sparsity(run, model)
+    model, log, merged = train(run, folder, settings, settings.learning_rate, sparsity, model)
+    predictors = sparsity.predictors or []
     sparsity.remove()
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -236,6 +270,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         "loss_first": log[0]["loss"],
         "loss_last": log[-1]["loss"],
         "ffn_sha256": ffn_sha256(model),
+        **merged,
     }
 
 
@@ -254,6 +289,8 @@ def _check_weights(run: "Run", stage: str, model: Any) -> None:
 def control(run: "Run", folder: Path) -> dict[str, Any]:
     """The dense control: same data, order, tokens and optimizer, LM loss, no mask, best learning rate on validation."""
     recipe, settings = run.recipe, run.recipe.finetune
+    if recipe.control.reuse:
+        return _reuse_control(run)
     _check_memory(run, parent=False)
     tried: dict[str, float] = {}
     for rate in recipe.control.learning_rates:
@@ -261,7 +298,7 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
         done = place / "validation.json"
         if not done.is_file():
             model = run.dense()
-            train(run, place, settings, rate, None, model)
+            model, _, _ = train(run, place, settings, rate, None, model)
             model.eval()
             perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity
             if PartialState().is_main_process:
@@ -283,3 +320,21 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
         "model": f"lr-{best}/model",
         "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step,
     }
+
+
+def _reuse_control(run: "Run") -> dict[str, Any]:
+    """Another run's control, where text, model, training settings and learning rates are the same.
+
+    Raises: MoyuError where it is not finished or belongs to other settings.
+    """
+    folder = Path(run.recipe.control.reuse)
+    alike = run.recipe.model_copy(update={"control": run.recipe.control.model_copy(update={"reuse": ""})})
+    key = run.key_of("control", alike)
+    path = folder / "control" / "stage.json"
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if record.get("key") != key:
+        raise MoyuError(
+            f"control.reuse {str(folder)!r} holds no finished control of the same model, text, training settings and "
+            "learning rates; run `moyu control` there with them, or leave control.reuse empty"
+        )
+    return {**record["figures"], "model": str((folder / "control" / record["figures"]["model"]).resolve())}

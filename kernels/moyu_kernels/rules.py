@@ -1,0 +1,162 @@
+"""Rules: what a sparse FFN computes in place of the stock one, and which of its neurons it keeps.
+
+A rule is data, three names and two numbers with a threshold per neuron, so that a checkpoint can hold it. The functions
+here are its definition; where an op computes the same, `loading` uses that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .seam import ExpertsSeam, Seam
+
+GATES = ("stock", "threshold", "relu", "fatrelu", "relu2", "statistical_topk", "statistical_topk_soft")
+UPS = ("stock", "relu")
+KEEPS = ("nonzero", "threshold", "topk")
+SUBSTITUTES = ("relu", "fatrelu", "relu2")  # gates that need no mask to be what the model was trained as
+
+
+@dataclass
+class Rule:
+    """The rule of one block.
+
+    Args:
+        threshold: fp32 `[F]`, or `[E, F]` for experts.
+        gate: stands for `act(g)`, g the gate's output, or up's in a plain FFN (theta = threshold):
+            "threshold": `act(g)` where `abs(act(g)) >= theta` (CATS, arXiv 2404.08763);
+            "relu": `relu(g - theta)` (shifted ReLU, arXiv 2310.04564; ReLU with theta 0);
+            "fatrelu": g where `g > 0` and `g >= theta` (ProSparse, arXiv 2402.13516);
+            "relu2": `relu(g) ** 2` (arXiv 2402.03804);
+            "statistical_topk": `act(g)` where `g > t`, t the mean of g over the neurons plus `ndtri(1 - share)` times
+            their standard deviation; "statistical_topk_soft": `act(relu(g - t))` (Spark, arXiv 2506.06644).
+        up: "relu" makes it `relu(u)`; with gate "relu" that is dReLU (arXiv 2406.05955).
+        keep: of the resulting a, "nonzero" keeps `a != 0`, "threshold" keeps `abs(a) >= theta`, "topk" the
+            `round(share * F)` neurons whose `abs(a) / theta` is largest (ties at the last place are all kept).
+        share: of neurons kept, for the rules that count them.
+        blend: 0 computes the stock gate and up, 1 the rule's, between them a mixture (for training only).
+    """
+
+    threshold: Tensor
+    gate: str = "stock"
+    up: str = "stock"
+    keep: str = "threshold"
+    share: float = 1.0
+    blend: float = 1.0
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.gate, GATES), (self.up, UPS), (self.keep, KEEPS)):
+            if value not in known:
+                raise ValueError(f"rule {value!r} is unknown; known: {', '.join(known)}")
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint records beside the threshold."""
+        return {"gate": self.gate, "up": self.up, "keep": self.keep, "share": self.share}
+
+    @property
+    def stock_activation(self) -> str | None:
+        """transformers' name of the activation under which stock code computes exactly this; None where none does."""
+        plain = self.up == "stock" and self.keep == "nonzero" and not self.threshold.any()
+        return {"relu": "relu", "fatrelu": "relu", "relu2": "relu2"}.get(self.gate) if plain else None
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether gate or up is another function also where nothing is masked."""
+        return self.gate in SUBSTITUTES or self.up != "stock"
+
+    def activate_gate(self, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """What stands for `stock = act(g)`; g `[..., F]`."""
+        if self.gate == "stock":
+            return stock
+        return self._blend(stock, self._gate(g, stock, act))
+
+    def _gate(self, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        theta = self.threshold
+        if self.gate == "threshold":
+            return torch.where(stock.abs() >= theta, stock, 0.0)
+        if self.gate == "relu":
+            return torch.relu(g - theta.to(g.dtype))
+        if self.gate == "fatrelu":
+            return torch.where((g > 0) & (g >= theta), g, 0.0)
+        if self.gate == "relu2":
+            return torch.relu(g).square()
+        wide = g.float()
+        cut = wide.mean(-1, keepdim=True) + NormalDist().inv_cdf(1 - self.share) * wide.std(-1, keepdim=True)
+        if self.gate == "statistical_topk":
+            return torch.where(wide > cut, stock, 0.0)
+        return act(torch.relu(wide - cut).to(g.dtype))
+
+    def activate_up(self, u: Tensor) -> Tensor:
+        return u if self.up == "stock" else self._blend(u, torch.relu(u))
+
+    def _blend(self, stock: Tensor, ruled: Tensor) -> Tensor:
+        return ruled if self.blend >= 1 else torch.lerp(stock, ruled, self.blend)
+
+    def mask(self, a: Tensor, expert: int | None = None) -> Tensor:
+        """Which neurons of `a` `[..., F]` are kept, bool of its shape."""
+        if self.keep == "nonzero":
+            return a != 0
+        threshold = self.threshold if expert is None else self.threshold[expert]
+        if self.keep == "threshold":
+            return a.abs() >= threshold
+        ratio = a.detach().abs() / threshold
+        least = ratio.topk(max(round(self.share * a.shape[-1]), 1), dim=-1).values[..., -1:]
+        return ratio >= least
+
+
+class Substitution:
+    """Puts a rule's gate and up on a live FFN block, until `remove`.
+
+    Args:
+        block: the FFN block's module.
+        act: name of its attribute that holds the activation.
+        up: name of the projection whose output the rule's `up` acts on.
+        observe: sees on every call what stands for `act(g)` before the rule's threshold.
+    """
+
+    def __init__(
+        self, block: nn.Module, act: str, up: str, rule: Rule, observe: Callable[[Tensor], None] | None = None
+    ) -> None:
+        self._seams: list[Seam] = []
+
+        def gate(args: tuple[Tensor, ...], stock: Tensor) -> Tensor:
+            # The class's own forward: the instance's would call this hook again.
+            if observe:
+                observe((torch.relu(args[0]) if rule.gate in SUBSTITUTES else stock).detach())
+            return rule.activate_gate(args[0], stock, getattr(block, act).forward)
+
+        if rule.gate != "stock" or observe:
+            self._seams.append(Seam(block, act, output=gate))
+        if rule.up != "stock":
+            self._seams.append(Seam(block, up, output=lambda _, u: rule.activate_up(u)))
+
+    def remove(self) -> None:
+        for seam in self._seams:
+            seam.remove()
+        self._seams.clear()
+
+
+class RuleSeam:
+    """A whole rule on a live block in plain PyTorch: a dense matmul, then a mask. Skips nothing ("simulated")."""
+
+    def __init__(self, block: Any, names: dict[str, str], layout: str, rule: Rule, masked: bool) -> None:
+        self._parts: list[Any] = [Substitution(block, names["act"], names["up"], rule)]
+        if not masked:
+            return
+        if layout == "experts":
+            self._parts.append(ExpertsSeam(block, lambda a, expert: torch.where(rule.mask(a, expert), a, 0.0)))
+        else:
+            self._parts.append(Seam(block, names["down"], lambda a: torch.where(rule.mask(a), a, 0.0)))
+
+    def remove(self) -> None:
+        for part in self._parts:
+            part.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
