@@ -18,6 +18,7 @@ BUILTIN = {
     "wikipedia-passages": "wikipedia_passages.jsonl.gz",
 }
 
+PIECE = 256  # tokens, the least that is worth taking of a long document
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz")
 
 
@@ -34,23 +35,29 @@ class Documents:
     def digest(self) -> str:
         return hashlib.sha256(torch.cat(self.tokens).numpy().tobytes()).hexdigest()
 
-    def windows(self, length: int, limit: int | None = None) -> list[tuple[int, Tensor]]:
+    def windows(self, length: int) -> list[tuple[int, Tensor]]:
         """Consecutive windows inside each document, stride = length, each with its document's index.
 
         A last piece shorter than 2 tokens is dropped.
-
-        `limit` bounds the total; it is shared evenly over the documents, so that a few long ones do not fill it.
         """
-        documents = self.first(limit).tokens
-        pieces = [(index, piece) for index, doc in enumerate(documents) for piece in doc.split(length)]
+        pieces = [(index, piece) for index, document in enumerate(self.tokens) for piece in document.split(length)]
         return [(index, piece) for index, piece in pieces if len(piece) > 1]
 
     def first(self, tokens: int | None) -> "Documents":
-        """About so many tokens, evenly from the start of every document; all where `tokens` is None."""
+        """About so many tokens, all where `tokens` is None: evenly from the start of every document.
+
+        Where that would be less than `PIECE` tokens of each, so much is taken of some of them, in fixed random order.
+        """
         if tokens is None:
             return self
-        share = max(tokens // len(self.tokens), 2)
-        return Documents([document[:share] for document in self.tokens])
+        share = max(tokens // len(self.tokens), PIECE)
+        pieces: dict[int, Tensor] = {}
+        for index in torch.randperm(len(self.tokens), generator=torch.Generator().manual_seed(0)).tolist():
+            if tokens < 2:
+                break
+            pieces[index] = self.tokens[index][: min(share, tokens)]
+            tokens -= len(pieces[index])
+        return Documents([pieces[index] for index in sorted(pieces)])
 
     def packed(self, length: int, seed: int) -> Tensor:
         """All documents end to end, cut into full windows `[N, length]` in random order; the rest is dropped."""

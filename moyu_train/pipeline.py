@@ -40,7 +40,7 @@ class Stage:
     function: str  # module:function, called with (run, folder), returns figures
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
-    predictor: bool = False  # runs only where the recipe has one
+    section: str = ""  # runs only where the recipe has this one
 
 
 STAGES = {
@@ -49,13 +49,19 @@ STAGES = {
         Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
         Stage("calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")),
         Stage(
-            "fit-predictors", "moyu_train.training.stages:fit_predictors", ("calibrate",), ("fit", "predictor"), True
+            "fit-predictors",
+            "moyu_train.training.stages:fit_predictors",
+            ("calibrate",),
+            ("fit", "predictor"),
+            "predictor",
         ),
-        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), True),
-        Stage("finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune", "penalty")),
-        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), True),
-        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), True),
-        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze")),
+        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
+        Stage(
+            "finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune", "penalty", "delta")
+        ),
+        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
+        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), "predictor"),
+        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze"), "control"),
         Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(
@@ -159,7 +165,7 @@ class Run:
     @property
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [stage.name for stage in STAGES.values() if self.recipe.predictor or not stage.predictor]
+        return [s.name for s in STAGES.values() if not s.section or getattr(self.recipe, s.section) is not None]
 
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""
@@ -209,7 +215,7 @@ class Run:
 def run_stage(run: Run, name: str) -> dict[str, Any]:
     """Run one stage, or reuse it where it is finished; returns its figures."""
     if name not in run.stages:
-        raise MoyuError(f"stage {name!r} fits or calibrates predictors, and this recipe has none (predictor: null)")
+        raise MoyuError(f"stage {name!r} is not part of this recipe, which has {STAGES[name].section}: null")
     for need in run.needs(name):
         run.figures(need)
     record = run.finished(name)

@@ -189,8 +189,9 @@ class Recipe(Section):
     sparsifier: Method = Method(name="threshold")
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
+    delta: str = Field("", description="folder of a trained delta to take in place of fine-tuning")
     penalty: Penalty | None = None
-    control: Control = Control()
+    control: Control | None = Control()
     predictor: Method | None = Method(name="lowbit")
     fit: Fit = Fit()
     export: Export = Export()

@@ -49,7 +49,8 @@ def layers(rows: list[dict[str, Any]], target: float) -> Figure:
 
 def quality(result: dict[str, Any]) -> Figure:
     figure, axes = _axes("FFN bytes skipped", "perplexity, relative to the best dense model")
-    best = min(result["ppl"]["dense"], result["ppl"]["control"])
+    ppl = result["ppl"]
+    best = min(ppl["dense"], ppl.get("control", ppl["dense"]))
     points = (
         ("dense", 0.0),
         ("control", 0.0),
@@ -57,8 +58,9 @@ def quality(result: dict[str, Any]) -> Figure:
         ("sparse", result["bytes_skipped"]),
     )
     for name, skipped in points:
-        axes.scatter(skipped, result["ppl"][name] / best, s=60)
-        axes.annotate(name, (skipped, result["ppl"][name] / best), xytext=(6, 6), textcoords="offset points")
+        if name in ppl:
+            axes.scatter(skipped, ppl[name] / best, s=60)
+            axes.annotate(name, (skipped, ppl[name] / best), xytext=(6, 6), textcoords="offset points")
     axes.set_xlim(-0.02, 1)
     axes.margins(y=0.12)
     return figure
@@ -67,6 +69,8 @@ def quality(result: dict[str, Any]) -> Figure:
 def training(metrics: Path) -> Figure:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = _axes("step", "loss (nats per token)")
+    if not lines:  # rebuilt from a delta
+        return figure
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="loss")
     sparsity = axes.twinx()
     sparsity.plot([line["step"] for line in lines], [line["sparsity"] for line in lines], color="tab:green")

@@ -28,7 +28,8 @@ img{{max-width:100%}} pre{{line-height:1.25;overflow-x:auto}} .lead{{font-size:1
 
 def collect(run: "Run") -> dict[str, Any]:
     """The content of result.json (docs/results.md), from the finished stages of this very recipe."""
-    figures = {name: run.figures(name) for name in ("finetune", "control", "export", "verify", "evaluate", "bench")}
+    names = ("finetune", "export", "verify", "evaluate", "bench", *(["control"] if run.recipe.control else []))
+    figures = {name: run.figures(name) for name in names}
     tuned, evaluated, timed = figures["finetune"], figures["evaluate"], figures["bench"]
     return {
         "model": run.recipe.model,
@@ -43,7 +44,7 @@ def collect(run: "Run") -> dict[str, Any]:
         "rule_neurons_off": evaluated["rule_neurons_off"],
         "untouched_bytes_skipped": evaluated["untouched_bytes_skipped"],
         "predictor_bytes_share": figures["export"]["predictor_bytes_share"],
-        "control_learning_rate": figures["control"]["best_learning_rate"],
+        "control_learning_rate": figures["control"]["best_learning_rate"] if run.recipe.control else None,
         "overlap_13gram": evaluated["overlap_13gram"],
         "kernels": evaluated["kernels"],
         "decode_tokens_per_second": timed["decode_tokens_per_second"],

@@ -10,7 +10,8 @@ console = Console()
 
 def quality_table(result: dict[str, Any]) -> Table:
     """Perplexity of every variant beside what it skips."""
-    ppl, best = result["ppl"], min(result["ppl"]["dense"], result["ppl"]["control"])
+    ppl = result["ppl"]
+    best = min(ppl["dense"], ppl.get("control", ppl["dense"]))
     table = Table(title=f"Quality on {result['tokens']} held-out tokens of {result['documents']} documents")
     for name, justify in (
         ("variant", "left"),
@@ -23,19 +24,22 @@ def quality_table(result: dict[str, Any]) -> Table:
     skipped, off = result["bytes_skipped"], result["neurons_off"]
     rows: list[tuple[str, str, float | None, float | None]] = [
         ("dense parent", "dense", 0.0, 0.0),
-        (f"dense control (learning rate {result['control_learning_rate']})", "control", 0.0, 0.0),
+        (f"dense control (learning rate {result.get('control_learning_rate')})", "control", 0.0, 0.0),
         ("sparse, as it decodes", "sparse", skipped, off),
         ("rule mask, exact", "rule", None, result["rule_neurons_off"]),
         ("oracle at the sparse model's density", "oracle", None, off),
         ("untouched model, same pipeline", "untouched", result["untouched_bytes_skipped"], None),
     ]
     for label, name, share, neurons in rows:
+        if name not in ppl:
+            continue
         style = "bold" if name == "sparse" else None
         cells = [f"{ppl[name]:.3f}", f"{ppl[name] / best:.3f}", _share(share), _share(neurons)]
         table.add_row(label, *cells, style=style)
     low, high = result["ratio_interval"]
     table.caption = (
-        f"ratio: to the smaller of dense and control; sparse 95 % interval {low:.3f} to {high:.3f} over documents. "
+        f"ratio: to the smaller of dense and control{'' if 'control' in ppl else ' (none here)'}; sparse 95 % interval "
+        f"{low:.3f} to {high:.3f} over documents. "
         f"Predictors are {result['predictor_bytes_share']:.1%} of the FFN's bytes, counted as read."
     )
     return table

@@ -31,8 +31,9 @@ def score(model: Any, documents: Documents, window: int, what: str, limit: int |
 
     The first token of each window has no prediction and is not scored.
     """
+    documents = documents.first(limit)
     nll, tokens = [0.0] * len(documents.tokens), [0] * len(documents.tokens)
-    for document, ids in track(documents.windows(window, limit), what):
+    for document, ids in track(documents.windows(window), what):
         logits = model(input_ids=ids[None].to(device_of(model)), use_cache=False).logits[0, :-1]
         for rows, targets in zip(logits.split(CHUNK), ids[1:].split(CHUNK), strict=True):
             nll[document] += functional.cross_entropy(rows.float(), targets.to(rows.device), reduction="sum").item()

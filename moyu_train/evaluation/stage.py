@@ -89,17 +89,17 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     with SparseMasks(model, sparsifier_of(run.recipe, thresholds).rules, predictors) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, model_itemsize(checkpoint))
-    model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
-    control = score(model, documents, window, "evaluate: dense control")
-    variants: dict[str, Scores] = {
-        "dense": dense,
-        "control": control,
+    variants: dict[str, Scores] = {"dense": dense}
+    if run.recipe.control:
+        model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+        variants["control"] = score(model, documents, window, "evaluate: dense control")
+    best = min(variants.values(), key=lambda scores: scores.perplexity)
+    variants |= {
         "rule": found["rule"],
         "oracle": found["oracle"],
         "sparse": found["scores"],
         "untouched": untouched,
     }
-    best = control if control.perplexity < dense.perplexity else dense
     return {
         "tokens": documents.total,
         "documents": len(documents.tokens),

@@ -43,7 +43,7 @@ def calibrate_rule(
         rules = sparsifier.rules if sparsifier else cls.start(options, blocks, density).rules
         masking = Masking(blocks, keep, rules=rules, gates=at_gate)
         with masking:
-            for _, ids in track(documents.windows(1024, tokens), f"calibrate rule {number + 1}/{passes}"):
+            for _, ids in track(documents.first(tokens).windows(1024), f"calibrate rule {number + 1}/{passes}"):
                 model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
         silent = [
             block.path for block, counts in zip(blocks, histogram.counts, strict=True) if counts[0] == counts.sum()

@@ -37,6 +37,7 @@ from moyu_train.recipe import Optimise, Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
 from moyu_train.training.lora import adapt, merge
@@ -140,6 +141,7 @@ def train(
         report_to="none",
     )
     windows = training_windows(run, settings)
+    ffn = ffn_sha256(model)
     adapted = adapt(model, settings.lora) if settings.lora else model
     coefficients: Callable[[float], float] | None = None
     if penalty:
@@ -162,8 +164,9 @@ def train(
     log = [line for line in trainer.state.log_history if "loss" in line]
     if not settings.lora:
         return model, log, {}
-    if PartialState().is_main_process:
-        adapted.save_pretrained(folder / "adapter")
+    round_delta(adapted)
+    if sparsity and PartialState().is_main_process:
+        save_delta(adapted, sparsity.sparsifier.thresholds, ffn, folder / "delta")
     merged, figures = merge(adapted, sparsity, windows[0])
     return merged, log, figures
 
@@ -252,7 +255,11 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     _check_memory(run, parent=settings.kl_weight > 0)
     model = run.dense()
     sparsity = _sparsity(run, model)
-    model, log, merged = train(run, folder, settings, settings.learning_rate, sparsity, model)
+    if recipe.delta:
+        model, merged = _rebuild(run, Path(recipe.delta), model, sparsity)
+        log: list[dict[str, float]] = []
+    else:
+        model, log, merged = train(run, folder, settings, settings.learning_rate, sparsity, model)
     predictors = sparsity.predictors or []
     sparsity.remove()
     if PartialState().is_main_process:
@@ -261,17 +268,25 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         model.save_pretrained(folder / "model")
         run.tokenizer.save_pretrained(folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return {
+    figures = {
         "tokens": len(log) * settings.tokens_per_step * PartialState().num_processes,
         "processes": PartialState().num_processes,
         "engine": PartialState().distributed_type.value,
         "sparsity_target": recipe.target_sparsity,
-        "sparsity": log[-1]["sparsity"],
-        "loss_first": log[0]["loss"],
-        "loss_last": log[-1]["loss"],
         "ffn_sha256": ffn_sha256(model),
         **merged,
     }
+    if log:
+        figures |= {"sparsity": log[-1]["sparsity"], "loss_first": log[0]["loss"], "loss_last": log[-1]["loss"]}
+    return figures
+
+
+def _rebuild(run: "Run", folder: Path, model: Any, sparsity: SparsityControl) -> tuple[Any, dict[str, float]]:
+    """The fine-tuned model from a delta; the rule gets the thresholds that it was trained under."""
+    adapted, thresholds = load_delta(model, ffn_sha256(model), folder)
+    sparsity.sparsifier.thresholds = thresholds
+    sparsity.sparsifier.advance(1.0)
+    return merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
 
 
 def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
@@ -289,6 +304,7 @@ def _check_weights(run: "Run", stage: str, model: Any) -> None:
 def control(run: "Run", folder: Path) -> dict[str, Any]:
     """The dense control: same data, order, tokens and optimizer, LM loss, no mask, best learning rate on validation."""
     recipe, settings = run.recipe, run.recipe.finetune
+    assert recipe.control  # the pipeline runs this stage only with one
     if recipe.control.reuse:
         return _reuse_control(run)
     _check_memory(run, parent=False)
@@ -327,8 +343,10 @@ def _reuse_control(run: "Run") -> dict[str, Any]:
 
     Raises: MoyuError where it is not finished or belongs to other settings.
     """
-    folder = Path(run.recipe.control.reuse)
-    alike = run.recipe.model_copy(update={"control": run.recipe.control.model_copy(update={"reuse": ""})})
+    asked = run.recipe.control
+    assert asked
+    folder = Path(asked.reuse)
+    alike = run.recipe.model_copy(update={"control": asked.model_copy(update={"reuse": ""})})
     key = run.key_of("control", alike)
     path = folder / "control" / "stage.json"
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,76 @@
+"""Deltas: a LoRA adapter with the thresholds that it was trained under, small enough to keep beside a recipe.
+
+The folder has peft's files, but names a `peft_type` that stock peft does not know: without the masks the adapter would
+give a model that nobody trained. `delta.json`, written last, holds the hash of each file and of the dense FFN weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moyu_train.errors import MoyuError
+from moyu_train.files import sha256, write_json
+from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
+
+PEFT_TYPE = "MOYU_LORA"
+CONFIG, WEIGHTS, STATE, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "moyu.safetensors", "delta.json"
+
+
+@torch.no_grad()
+def round_delta(adapted: Any) -> None:
+    """Round the trained matrices to fp16, as a delta stores them, so that the model merged now is the one rebuilt."""
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(parameter.half())
+
+
+def save_delta(adapted: Any, thresholds: list[Tensor], ffn: str, folder: Path) -> None:
+    """Args: adapted: after `round_delta`; ffn: SHA-256 of the FFN weights that it belongs to."""
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    save_file(thresholds_to_tensors(thresholds), folder / STATE)
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config |= {"peft_type": PEFT_TYPE, "base_model_name_or_path": None}
+    write_json(folder / CONFIG, config)
+    write_json(
+        folder / MANIFEST, {"files": {n: sha256(folder / n) for n in (CONFIG, WEIGHTS, STATE)}, "ffn_sha256": ffn}
+    )
+
+
+def load_delta(model: Any, ffn: str, folder: Path) -> tuple[Any, list[Tensor]]:
+    """The dense model with the delta on it, and the thresholds.
+
+    Args: ffn: SHA-256 of the model's FFN weights.
+    Raises: MoyuError where a file is missing or changed, or the delta belongs to other weights.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise MoyuError(f"delta {str(folder)!r} has no {MANIFEST}; give a folder `finetune/delta` of a finished run")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, expected in manifest["files"].items():
+        file = folder / Path(name).name
+        if not file.is_file() or sha256(file) != expected:
+            raise MoyuError(f"{file} is missing, or changed since the delta was written; copy the folder again")
+    if manifest["ffn_sha256"] != ffn:
+        raise MoyuError(
+            f"delta {str(folder)!r} belongs to other weights (FFN SHA-256 {manifest['ffn_sha256'][:12]}…, this "
+            f"model has {ffn[:12]}…); set `model` to the one that it was trained on"
+        )
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    names = ("r", "lora_alpha", "target_modules")
+    adapted = get_peft_model(model, LoraConfig(**{name: config[name] for name in names}))
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    found: Any = set_peft_model_state_dict(adapted, tensors)
+    if found.unexpected_keys:
+        raise MoyuError(
+            f"{folder / WEIGHTS} holds matrices that the model has no place for: {found.unexpected_keys[:3]}"
+        )
+    return adapted, thresholds_from_tensors(load_file(folder / STATE))
