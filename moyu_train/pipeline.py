@@ -87,11 +87,16 @@ class Run:
         self.recipe = recipe
         self.folder = Path(recipe.run)
         start_processes()
-        resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+        sparsifier, _ = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
         if recipe.predictor:
             resolve("predictor", recipe.predictor, PREDICTORS)
         if recipe.penalty:
-            resolve("penalty", recipe.penalty, PENALTIES)
+            penalty, _ = resolve("penalty", recipe.penalty, PENALTIES)
+            if penalty.needs_threshold and sparsifier.calibrates != "activation":
+                raise MoyuError(
+                    f"penalty.name {penalty.name!r} needs a rule with a threshold on the activation, and sparsifier "
+                    f"{sparsifier.name!r} has none; use the sparsifier 'threshold', or the penalty 'l1' or 'hoyer'"
+                )
         check_writable(self.folder, 0)
         self.check()
 

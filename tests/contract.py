@@ -168,7 +168,7 @@ def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
         deepspeed=zero(int(variant[-1])) if variant.startswith("zero") else None,
     )
     rule = Threshold(Threshold.Options(gain=GAIN), [torch.full((96,), THRESHOLD)] * 2, density=0.5)
-    penalty = Hoyer(ScaleOptions(), [torch.full((96,), SCALE)] * 2)
+    penalty = Hoyer(ScaleOptions(), [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
     seen = Gradients()
     trainer = SparsityTrainer(
         model=model,

@@ -3,44 +3,157 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from moyu_kernels.rules import Rule
 from tiny import save_tiny, tiny_model, tiny_settings
 
 from moyu_train.cli import main
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.masking import Masking
+from moyu_train.penalties import PENALTIES
+from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.l1 import L1
 from moyu_train.penalties.scale import ScaleOptions, measure_scales
 from moyu_train.penalties.schedule import coefficient
-from moyu_train.recipe import RecipeError, load_recipe
+from moyu_train.pipeline import Run
+from moyu_train.recipe import Penalty, Recipe, RecipeError, load_recipe
+from moyu_train.registry import resolve
+from moyu_train.sparsifiers.threshold import Threshold
+from moyu_train.training.control import SparsityControl
 
 WINDOWS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
 A = torch.tensor([[1.0, 1.0, 1.0, -1.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
 
 
 def test_hoyer_is_the_share_of_neurons_that_carry_a_token() -> None:
-    penalty = Hoyer(ScaleOptions(), [torch.ones(4)])
+    penalty = Hoyer(ScaleOptions(), [torch.ones(4)], [], 0.5)
     torch.testing.assert_close(penalty(0, A), torch.tensor([1.0, 0.25, 0.0]))
     torch.testing.assert_close(penalty(0, 10 * A), penalty(0, A))
 
 
 def test_l1_weighs_neurons_by_their_scale() -> None:
     scales = [torch.ones(4), torch.tensor([0.0, 0.5, 9.0, 9.0])]
-    penalty = L1(ScaleOptions(), scales)
+    penalty = L1(ScaleOptions(), scales, [], 0.5)
     assert penalty(0, A).tolist() == [1.0, 1.0, 0.0]
     assert penalty(1, A)[1] == 0.5
     assert penalty(0, A.bfloat16()).dtype == torch.float32
 
 
+def built(name: str, rules: list[Rule], density: float = 0.25, **options: float) -> Any:
+    cls, checked = resolve("penalty", Penalty(name=name, coefficient=1, **options), PENALTIES)
+    return cls(checked, [torch.ones_like(rule.threshold) for rule in rules], rules, density)
+
+
+def soft(ratio: float, kappa: float = 4.0) -> float:
+    return 1 / (1 + ratio**-kappa) if ratio else 0.0
+
+
+def test_soft_penalties_compute_their_formulas() -> None:
+    rule = Rule(torch.tensor([1.0, 1.0, 2.0, 2.0]))
+    a = torch.tensor([[2.0, 0.5, 2.2, 0.1]])
+    ratios = [2.0, 0.5, 1.1, 0.05]
+    z = [soft(r) for r in ratios]
+    expected = {
+        "budget": max(sum(z) / 4 - 0.25, 0) ** 2,
+        "margin": sum(max(0.2 - abs(math.log(r)), 0) ** 2 for r in ratios) / 4,
+        "lte": sum(v**2 for v in z) / 4 + 5e-3 * sum(1 / max(abs(v - 0.5), 0.05) ** 2 for v in z) / 4,
+    }
+    for name, value in expected.items():
+        assert built(name, [rule])(0, a).item() == pytest.approx(value, rel=1e-5), name
+        assert built(name, [rule])(0, -a).item() == pytest.approx(value, rel=1e-5), name
+    assert built("budget", [rule], density=0.9)(0, a).item() == 0
+    rule.threshold = rule.threshold * 2  # the controller has moved it
+    assert built("budget", [rule], density=0.0)(0, a).item() == pytest.approx(
+        (sum(soft(r / 2) for r in ratios) / 4) ** 2
+    )
+
+
+def test_sequence_penalties_compute_their_formulas() -> None:
+    rule = Rule(torch.ones(3))
+    a = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(0)) * 2
+    z = [[soft(v) for v in token] for token in a[0].tolist()]
+
+    def union(tokens: list[list[float]]) -> float:
+        return sum(1 - math.prod(1 - token[i] for token in tokens) for i in range(3)) / 3
+
+    def entropy(now: list[float], before: list[float]) -> float:
+        return -sum(b * math.log(n) + (1 - b) * math.log(1 - n) for n, b in zip(now, before, strict=True)) / 3
+
+    chunks = [union(z[:2])] * 2 + [union(z[2:4])] * 2 + [union(z[4:])]
+    assert built("chunk", [rule], window=2)(0, a)[0].tolist() == pytest.approx(chunks, rel=1e-4)
+    expected = [0.0] + [entropy(z[t], z[t - 1]) for t in range(1, 5)]
+    assert built("locality", [rule])(0, a)[0].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["chunk", "locality"])
+def test_padding_changes_no_sequence_penalty(name: str) -> None:
+    penalty = built(name, [Rule(torch.ones(3))])
+    g = torch.Generator().manual_seed(0)
+    a, padding = torch.rand(2, 11, 3, generator=g) * 2, torch.rand(2, 6, 3, generator=g) * 9
+    real = torch.arange(17).expand(2, 17) < 11
+    padded = penalty(0, torch.cat([a, padding], dim=1), real)
+    torch.testing.assert_close((padded * real).sum(), penalty(0, a).sum())
+    with pytest.raises(MoyuError, match="compares neighbouring tokens"):
+        penalty(0, a[0])
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_every_penalty_trains(name: str) -> None:
+    """Steps on the penalty alone lower it, with finite gradients that reach gate and up of every layer."""
+    model = tiny_model()
+    rules = [Rule(torch.full((96,), 0.05)) for _ in range(2)]
+    sparsifier = Threshold(Threshold.Options(), [rule.threshold for rule in rules], 0.1)
+    control = SparsityControl(model, sparsifier, 0.1, penalty=built(name, sparsifier.rules, 0.1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    values = []
+    for _ in range(8):
+        with control.armed(True):
+            model(WINDOWS)
+        value = control.take_penalty()
+        values.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        for layer in model.model.layers:
+            for weight in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight):
+                assert weight.grad.isfinite().all()
+                assert weight.grad.any()
+        optimizer.step()
+    assert values[-1] < 0.97 * values[0], values
+
+
+def test_a_soft_penalty_without_a_threshold_is_refused_before_a_model_loads(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    settings |= {"sparsifier": {"name": "relu"}, "penalty": {"name": "margin", "coefficient": 0.1}}
+    with pytest.raises(MoyuError, match=r"'margin' needs a rule with a threshold .* 'relu' has none"):
+        Run(Recipe.model_validate(settings))
+
+
+def test_the_adaptive_coefficient_follows_its_goal_and_goes_on() -> None:
+    loop = AdaptiveCoefficient(start=0.1, gain=0.5, ramp=0.5)
+    loop.update(density=0.4, target=0.1, progress=0.0)
+    assert loop.value == pytest.approx(0.1)  # on its goal, which starts where the model is
+    loop.update(density=0.4, target=0.1, progress=0.25)
+    assert loop.value == pytest.approx(0.1 * math.exp(0.5 * (0.4 - 0.25) / 0.25))
+    again = AdaptiveCoefficient(start=9, gain=0.5, ramp=0.5)
+    again.load(loop.state())
+    for one in (loop, again):
+        one.update(density=0.05, target=0.1, progress=0.9)
+    assert again.value == loop.value < 0.1 * math.exp(0.5 * (0.4 - 0.25) / 0.25)
+    fresh = AdaptiveCoefficient(start=9, gain=0.5, ramp=0.5)
+    fresh.load(AdaptiveCoefficient(start=2, gain=0.5, ramp=0.5).state())
+    assert (fresh.value, fresh.first) == (2, None)
+
+
 @pytest.mark.parametrize("statistic", ["contribution", "magnitude"])
 def test_scaled_activations_have_a_mean_square_of_one(statistic: str) -> None:
     model = tiny_model()
-    scales = measure_scales(model, ScaleOptions(statistic=statistic), WINDOWS)
+    scales = measure_scales(model, statistic, WINDOWS)
     squares: dict[int, list[float]] = {0: [], 1: []}
 
     def observe(layer: int, a: torch.Tensor, expert: int | None) -> None:
@@ -56,7 +169,7 @@ def test_scaled_activations_have_a_mean_square_of_one(statistic: str) -> None:
 
 def test_experts_are_refused() -> None:
     with pytest.raises(MoyuError, match="this model has experts"):
-        measure_scales(tiny_model("mixtral"), ScaleOptions(), WINDOWS)
+        measure_scales(tiny_model("mixtral"), "contribution", WINDOWS)
 
 
 def test_schedules() -> None:

@@ -128,7 +128,7 @@ def test_padding_is_not_counted_and_experts_take_a_mask() -> None:
             assert control._counts[:, 3].tolist() == [4 * 18 * 96.0] * 2
         control.remove()
     model = tiny_model()
-    penalty = Hoyer(ScaleOptions(), [torch.ones(96)] * 2)
+    penalty = Hoyer(ScaleOptions(), [torch.ones(96)] * 2, [], 0.5)
     control = SparsityControl(
         model, Threshold(Threshold.Options(), [torch.zeros(96)] * 2, density=0.5), 0.5, penalty=penalty
     )
@@ -159,7 +159,7 @@ def test_a_penalty_and_its_coefficient_belong_together(tmp_path: Path) -> None:
     arguments = {"model": trainer.model, "args": trainer.args, "parent": None, "kl_weight": 0.0, "lm_weight": 1.0}
     with pytest.raises(ValueError, match="give both, or neither"):
         SparsityTrainer(**arguments, sparsity=trainer.sparsity, coefficient=lambda progress: 1.0)
-    trainer.sparsity.penalty = lambda layer, a: a.sum(-1)
+    trainer.sparsity.penalty = lambda layer, a, real: a.sum(-1)
     with pytest.raises(ValueError, match="give both, or neither"):
         SparsityTrainer(**arguments, sparsity=trainer.sparsity)
 

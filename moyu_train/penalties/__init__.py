@@ -3,4 +3,9 @@
 PENALTIES = {
     "l1": "moyu_train.penalties.l1:L1",
     "hoyer": "moyu_train.penalties.hoyer:Hoyer",
+    "budget": "moyu_train.penalties.budget:Budget",
+    "margin": "moyu_train.penalties.margin:Margin",
+    "lte": "moyu_train.penalties.lte:LTE",
+    "chunk": "moyu_train.penalties.chunk:Chunk",
+    "locality": "moyu_train.penalties.locality:Locality",
 }

@@ -14,7 +14,6 @@ SMALL = 1e-6  # of the mean square, which is 1 after scaling: a token that is al
 class Hoyer(ScaledPenalty):
     name = "hoyer"
 
-    def __call__(self, layer: int, a: Tensor) -> Tensor:
-        """One value a token, fp32 `[...]`, of `a` `[..., F]`; the trainer sums and divides."""
+    def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
         n = a.float().abs() * self.scales[layer]
         return n.mean(-1).square() / (n.square().mean(-1) + SMALL)

@@ -13,6 +13,5 @@ from moyu_train.penalties.scale import ScaledPenalty
 class L1(ScaledPenalty):
     name = "l1"
 
-    def __call__(self, layer: int, a: Tensor) -> Tensor:
-        """One value a token, fp32 `[...]`, of `a` `[..., F]`; the trainer sums and divides."""
+    def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
         return (a.float().abs() * self.scales[layer]).mean(-1)

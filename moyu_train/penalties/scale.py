@@ -3,15 +3,17 @@
 Measured once, before training, and kept: a penalty that follows its own statistic would reward a model for growing it.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from moyu_kernels.rules import Rule
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.masking import Masking
+from moyu_train.penalties.base import Penalty
 
 
 class ScaleOptions(BaseModel):
@@ -19,21 +21,15 @@ class ScaleOptions(BaseModel):
     statistic: Literal["contribution", "magnitude"] = "contribution"
 
 
-class ScaledPenalty:
-    """A penalty on `abs(a) * scale`: a subclass gives `__call__(layer, a [..., F]) -> [...]`, one fp32 value a token.
+class ScaledPenalty(Penalty):
+    """A penalty on `abs(a) * scale`."""
 
-    Args: scales: fp32 `[F]` a layer, from `measure_scales`.
-    """
-
-    Options = ScaleOptions
-
-    def __init__(self, options: ScaleOptions, scales: list[Tensor]) -> None:
-        self.scales = scales
+    Options: ClassVar[type[BaseModel]] = ScaleOptions
 
 
 @torch.no_grad()
-def measure_scales(model: Any, options: ScaleOptions, windows: Tensor) -> list[Tensor]:
-    """Scale of each neuron, fp32 `[F]` a layer, on `windows` int64 `[N, T]`.
+def measure_scales(model: Any, statistic: str, windows: Tensor, rules: list[Rule] | None = None) -> list[Tensor]:
+    """Scale of each neuron, fp32 `[F]` a layer, on `windows` int64 `[N, T]`, with the rules' gate and up in place.
 
     Raises: MoyuError for layers of experts, whose tokens a penalty cannot tell from padding yet.
     """
@@ -41,7 +37,7 @@ def measure_scales(model: Any, options: ScaleOptions, windows: Tensor) -> list[T
     if any(block.layout == "experts" for block in blocks):
         raise MoyuError("penalties act on dense FFN blocks so far, this model has experts; remove `penalty`")
     weights = [
-        norms if options.statistic == "contribution" else torch.ones_like(norms)
+        norms if statistic == "contribution" else torch.ones_like(norms)
         for norms in (block.down_norms() for block in blocks)
     ]
     sums = torch.zeros(len(blocks), dtype=torch.float64)
@@ -49,7 +45,7 @@ def measure_scales(model: Any, options: ScaleOptions, windows: Tensor) -> list[T
     def observe(layer: int, a: Tensor, expert: int | None) -> None:
         sums[layer] += (a.float() * weights[layer]).double().square().mean().item()
 
-    with Masking(blocks, observe):
+    with Masking(blocks, observe, rules=rules):
         for ids in windows:
             model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
     rms = (sums / len(windows)).sqrt().clamp_min(1e-12)

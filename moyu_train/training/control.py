@@ -77,7 +77,7 @@ class SparsityControl(TrainerCallback):
             keep = rule & selected
         if self.penalty is not None and torch.is_grad_enabled():
             # A recompute has to repeat these very operations, or its saved tensors would not be those of the forward.
-            values = self.penalty(layer, a)
+            values = self.penalty(layer, a, self._real)
             term = (values if self._real is None else values.flatten() * self._real.flatten()).sum()
             if self._collecting:
                 self._terms.append(term)

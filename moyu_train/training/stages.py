@@ -234,15 +234,16 @@ def _sparsity(run: "Run", model: Any) -> SparsityControl:
     """The recipe's rule and predictors on `model`, and its penalty, scaled on the text and weights it starts from."""
     recipe = run.recipe
     thresholds, predictors = read(run.before("finetune"))
+    sparsifier = sparsifier_of(recipe, thresholds)
     penalty = adaptive = None
     if recipe.penalty:
         cls, options = resolve("penalty", recipe.penalty, PENALTIES)
         windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
-        penalty = cls(options, measure_scales(model, options, windows))
+        scales = measure_scales(model, getattr(options, "statistic", "contribution"), windows, sparsifier.rules)
+        penalty = cls(options, scales, sparsifier.rules, sparsifier.density)
         if recipe.penalty.adaptive:
             loop = recipe.penalty.adaptive
             adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
-    sparsifier = sparsifier_of(recipe, thresholds)
     return SparsityControl(model, sparsifier, 1 - recipe.target_sparsity, predictors, penalty, adaptive)
 
 

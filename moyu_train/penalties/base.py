@@ -1,0 +1,29 @@
+"""What a penalty gets, and what it gives: one fp32 value a token, which the trainer sums and divides."""
+
+from typing import ClassVar
+
+from moyu_kernels.rules import Rule
+from pydantic import BaseModel
+from torch import Tensor
+
+
+class Penalty:
+    """A penalty on the activations of FFN blocks, taken before the mask.
+
+    Args:
+        options: of the method's `Options`.
+        scales: fp32 `[F]` a layer (penalties/scale.py): `abs(a) * scale` has a mean square of 1.
+        rules: of the sparsifier, live: their thresholds move, by `control`, between optimizer steps.
+        density: the share of neurons to keep.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BaseModel]]
+    needs_threshold: ClassVar[bool] = False  # a rule with a threshold on the activation
+
+    def __init__(self, options: BaseModel, scales: list[Tensor], rules: list[Rule], density: float) -> None:
+        self.options, self.scales, self.rules, self.density = options, scales, rules, density
+
+    def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
+        """Values `[...]` of `a` `[..., F]`; real: bool `[B, T]`, where a token is no padding (None: everywhere)."""
+        raise NotImplementedError
