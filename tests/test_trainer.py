@@ -257,8 +257,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     trainer = make(tmp_path, 4, 1)
     with torch.no_grad():
         trainer.model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(MoyuError, match="the loss is nan at step 0"):
+    with pytest.raises(MoyuError, match=r"the loss is nan at step 0 \(all FFN activations are finite"):
         trainer.train()
+    trainer = make(tmp_path, 4, 1)
+    with torch.no_grad():
+        trainer.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(MoyuError, match=r"the first activation that is not finite is in model\.layers\.1\.mlp"):
+        trainer.train()
+
+
+def test_a_layer_that_keeps_nothing_stops_the_run_by_name(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1, gain=0.0)
+    trainer.sparsity.sparsifier.rules[1].threshold.fill_(1e9)
+    with pytest.raises(MoyuError, match=r"model\.layers\.1\.mlp kept no neuron in step 0"):
+        trainer.train()
+
+
+def test_a_threshold_that_runs_away_stops_the_run_by_name(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 4, 1, gain=0.0)
+    trainer.sparsity.health._first[0] = 1e-6
+    with pytest.raises(MoyuError, match=r"the threshold of model\.layers\.0\.mlp went from 1e-06 to 0\.05"):
+        trainer.train()
+
+
+def test_neurons_that_are_never_kept_are_counted_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moyu_train.training.health.DEAD_AFTER", 2 * 4 * 24)
+    trainer = make(tmp_path, 4, 1, gain=0.0)
+    trainer.sparsity.sparsifier.rules[0].threshold[:24] = float("inf")
+    trainer.sparsity.health._first[0] = 0.0  # the infinite ones are meant
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["dead_highest_layer"] for line in lines] == [0.0, 0.25, 0.25]
+    assert lines[-1]["dead_neurons"] == 0.125
+    again = make(tmp_path / "again", 4, 1)
+    again.sparsity.load(last_complete_checkpoint(tmp_path))
+    assert again.sparsity.health.silent[0][:24].tolist() == [3 * 4 * 24] * 24
+    assert again.sparsity.health.silent[0][24:].max() == 0
 
 
 def test_sparsify_works_with_a_plain_trainer(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
+from moyu_train.training.health import Health
 
 STATE_FILE = "moyu_training.safetensors"
 
@@ -51,6 +52,7 @@ class SparsityControl(TrainerCallback):
         self._terms: list[Tensor] = []
         self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
         self.counting, self._collecting = True, False
+        self.health = Health(self.blocks, sparsifier.thresholds)
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         set_marker(model.config, sparsifier.name)
@@ -69,7 +71,7 @@ class SparsityControl(TrainerCallback):
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
         rule = keep = self.sparsifier.rules[layer].mask(a, expert)
-        selected = torch.ones_like(rule)
+        selected = None
         if self.predictors:
             with torch.no_grad(), torch.autocast(a.device.type, enabled=False):  # fp32, as in the export
                 scores = self._masking.scores(layer, self.predictors[layer])
@@ -82,12 +84,22 @@ class SparsityControl(TrainerCallback):
             if self._collecting:
                 self._terms.append(term)
         if self.counting:
-            # An expert sees some of the tokens and does not say which: padding counts there.
-            masks = [rule, selected, keep, torch.ones_like(keep)]
-            if self._real is not None and expert is None:
-                masks = [mask & self._real.view(*keep.shape[:-1], 1) for mask in masks]
-            self._counts[layer] += torch.stack([mask.sum().double() for mask in masks]).cpu()
+            self._count(layer, rule, selected, keep, expert)
         return keep
+
+    def _count(self, layer: int, rule: Tensor, selected: Tensor | None, keep: Tensor, expert: int | None) -> None:
+        """Masks of one forward, bool `[..., F]`; selected is None where there is no predictor, so that all are."""
+        tokens = keep.numel() // keep.shape[-1]
+        # An expert sees some of the tokens and does not say which: padding counts there.
+        if self._real is not None and expert is None:
+            real = self._real.view(*keep.shape[:-1], 1)
+            tokens, keep = int(real.sum()), keep & real
+            rule, selected = (keep if selected is None else rule & real), None if selected is None else selected & real
+        seen = tokens * keep.shape[-1]
+        ruled = int(rule.count_nonzero())
+        kept, chosen = (ruled, seen) if selected is None else (int(m.count_nonzero()) for m in (keep, selected))
+        self._counts[layer] += torch.tensor([ruled, chosen, kept, seen], dtype=torch.float64)
+        self.health.note(layer, keep, expert)
 
     @contextmanager
     def armed(self, on: bool, real: Tensor | None = None) -> Iterator[None]:
@@ -129,7 +141,10 @@ class SparsityControl(TrainerCallback):
             counts = counts.to(args.device)
             torch.distributed.all_reduce(counts)
             self._counts = counts.cpu()
+        tokens = int(self._counts[0, 3].item() / self.blocks[0].neurons)
         kept = self.take_density()
+        self.health.step(tokens, args.device)
+        self.health.check(self.density[:, 0].tolist(), self.sparsifier.thresholds, state.global_step)
         progress = (state.global_step + 1) / max(state.max_steps, 1)
         if self.adaptive:
             self.adaptive.update(kept, self.target, progress)
@@ -153,12 +168,14 @@ class SparsityControl(TrainerCallback):
             "sparsity_highest_layer": 1 - self.density[:, 0].min().item(),
             "selected": selected,
             "kept": kept,
+            **self.health.metrics(),
             **({"coefficient": self.adaptive.value} if self.adaptive else {}),
         }
 
     def save(self, folder: Path) -> None:
-        """Thresholds, densities and the adaptive coefficient, in fp32 and fp64, beside a training checkpoint."""
+        """Thresholds, densities, silent neurons and the adaptive coefficient, beside a training checkpoint."""
         tensors = thresholds_to_tensors(self.sparsifier.thresholds)
+        tensors |= {f"blocks.{i}.silent": silent for i, silent in enumerate(self.health.silent)}
         if self.adaptive:
             tensors["coefficient"] = self.adaptive.state()
         save_file({**tensors, "density": self.density}, folder / STATE_FILE)
@@ -167,6 +184,7 @@ class SparsityControl(TrainerCallback):
         tensors = load_file(folder / STATE_FILE)
         self.density = tensors["density"]
         self.sparsifier.thresholds = thresholds_from_tensors(tensors)
+        self.health.silent = [tensors[f"blocks.{i}.silent"] for i in range(len(self.blocks))]
         if self.adaptive:
             self.adaptive.load(tensors["coefficient"])
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from moyu_train.errors import MoyuError
 from moyu_train.files import write_json
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.health import where_not_finite
 from moyu_train.training.losses import kl_sum, lm_sum
 
 COMPLETE = "moyu_complete.json"
@@ -118,9 +119,11 @@ class SparsityTrainer(Trainer):
             weight = self.coefficient(self.state.global_step / self.state.max_steps)
             loss = loss + weight * penalty * processes / real_tokens
         if not torch.isfinite(loss):
+            bare = self.accelerator.unwrap_model(model)
+            where = where_not_finite(bare, self.sparsity.blocks, tensors) if self.sparsity else "there is no mask"
             raise MoyuError(
-                f"the loss is {loss.item()} at step {self.state.global_step}; the last good checkpoint is kept, "
-                "lower finetune.learning_rate or use finetune.dtype float32"
+                f"the loss is {loss.item()} at step {self.state.global_step} ({where}); the last good checkpoint is "
+                "kept, lower finetune.learning_rate or use finetune.dtype float32"
             )
         return (loss, outputs) if return_outputs else loss
 
