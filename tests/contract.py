@@ -20,7 +20,7 @@ from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.scale import ScaleOptions
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
-from moyu_train.training.launch import end_processes
+from moyu_train.training.launch import end_processes, whole_parameters
 from moyu_train.training.trainer import SparsityTrainer
 
 STEPS, RATE, COEFFICIENT, KL, LM = 20, 0.002, 3.0, 0.5, 1.0
@@ -215,18 +215,7 @@ def shard(trainer: SparsityTrainer, seen: Gradients) -> dict[str, Tensor]:
         seen.on_pre_optimizer_step(None, None, None, model)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
-
-
-def whole(model: Any) -> dict[str, Tensor]:
-    """Weights after training, gathered where they are partitioned."""
-    parameters = dict(model.named_parameters())
-    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            return {bare(name): parameter.detach().clone() for name, parameter in parameters.items()}
-    return {bare(name): parameter.detach().clone() for name, parameter in parameters.items()}
+    return whole_parameters(model)
 
 
 def run(variant: str, folder: Path, mutant: str = "") -> None:
@@ -239,7 +228,7 @@ def run(variant: str, folder: Path, mutant: str = "") -> None:
         weights, engine = shard(trainer, seen), "FSDP2"
     else:
         trainer.train()
-        weights, engine = whole(trainer.model), type(trainer.model_wrapped).__name__
+        weights, engine = whole_parameters(trainer.model), type(trainer.model_wrapped).__name__
     if trainer.accelerator.is_main_process:
         tensors = {f"gradient.{name}": value for name, value in seen.found.items()}
         tensors |= {f"weight.{name}": value for name, value in weights.items()}

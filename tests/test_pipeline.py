@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
 from tiny import save_tiny, tiny_settings
 
+from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -156,52 +159,95 @@ def test_killed_at_any_stage_ends_the_same(finished: Path, tmp_path: Path, stage
     test_killed_and_started_again_ends_the_same(finished, tmp_path, [(stage, delay)])
 
 
-def test_two_processes_train_together(finished: Path, tmp_path: Path) -> None:
-    """accelerate launch with cpu.yaml: data parallel over gloo, the same curve as one process with twice the batch."""
-    recipe = prepare(tmp_path)
+ENGINES = {"cpu": "MULTI_CPU", "zero2": "DEEPSPEED ZeRO-2", "zero3": "DEEPSPEED ZeRO-3"}
+
+
+def launch_finetune(engine: str, recipe: Path, *options: str, **process: Any) -> subprocess.Popen:
+    """accelerate launch with a shipped configuration: two processes, each with half of the batch."""
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{engine}.yaml"]
+    command += ["--main_process_port", "0", "-m", "moyu_train", "finetune", str(recipe), "--finetune.batch", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *options], cwd=ROOT, env=environment, text=True, **process)
+
+
+def curve(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "run" / "finetune" / "metrics.jsonl").read_text().splitlines()]
+
+
+def prepared(folder: Path) -> Path:
+    recipe = prepare(folder)
     for stage in ("calibrate", "fit-predictors", "calibrate-in-loop"):
         moyu(stage, str(recipe))
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/cpu.yaml",
-        "--main_process_port",
-        "0",
-        "-m",
-        "moyu_train",
-    ]
-    for stage, options in (("finetune", ["--finetune.batch", "2"]),):
-        result = subprocess.run(
-            [*launch, stage, str(recipe), *options], capture_output=True, text=True, check=False, cwd=ROOT
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-    figures = json.loads((tmp_path / "run" / "finetune" / "stage.json").read_text())["figures"]
+    return recipe
+
+
+def same_run(folder: Path, one: list[dict[str, float]], engine: str) -> None:
+    figures = json.loads((folder / "run" / "finetune" / "stage.json").read_text())["figures"]
     assert figures["processes"] == 2
-    assert figures["engine"] == "MULTI_CPU"
+    assert figures["engine"] == ENGINES[engine]
     assert figures["tokens"] == 1024
-    one = [json.loads(line) for line in (finished / "run" / "finetune" / "metrics.jsonl").read_text().splitlines()]
-    two = [json.loads(line) for line in (tmp_path / "run" / "finetune" / "metrics.jsonl").read_text().splitlines()]
+    two = curve(folder)
     assert len(one) == len(two) == 8
     for first, second in zip(one, two, strict=True):
         assert first["loss"] == pytest.approx(second["loss"], rel=2e-3)
         assert first["sparsity"] == pytest.approx(second["sparsity"], abs=2e-3)
 
 
-def test_an_engine_that_would_not_run_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["cpu", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
+def test_two_processes_train_together(finished: Path, tmp_path: Path, engine: str) -> None:
+    """The same curve as one process with twice the batch, and whole weights at the end, which the next stage takes."""
+    recipe = prepared(tmp_path)
+    process = launch_finetune(engine, recipe, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    same_run(tmp_path, curve(finished), engine)
+    one, two = (load_dense(folder / "run" / "finetune" / "model") for folder in (finished, tmp_path))
+    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=2e-3, msg=name)  # AdamW turns rounding into steps
+    moyu("refit-predictors", str(recipe), "--finetune.batch", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_processes_killed_and_started_again_end_the_same(finished: Path, tmp_path: Path, engine: str) -> None:
+    recipe = prepared(tmp_path)
+    process = launch_finetune(engine, recipe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "run" / "finetune").glob("checkpoints/*/moyu_complete.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # workers have sessions of their own
+        one.kill()
+    process.wait()
+    assert not (tmp_path / "run" / "finetune" / "stage.json").exists()
+    again = launch_finetune(engine, recipe, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said[-3000:]
+    same_run(tmp_path, curve(finished), engine)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "asks for FSDP, and accelerate has none without a GPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}, "runs as plain data parallel"),
+    ],
+)
+def test_an_engine_that_would_not_run_is_refused(tmp_path: Path, environment: dict[str, str], message: str) -> None:
     recipe = prepare(tmp_path)
-    environment = os.environ | {"ACCELERATE_USE_FSDP": "true"}
     result = subprocess.run(
         [sys.executable, "-m", "moyu_train", "calibrate", str(recipe)],
-        env=environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
         cwd=ROOT,
     )
     assert result.returncode == 1
-    assert "asks for FSDP, whose partitioned weights the stages cannot save yet" in result.stderr
+    assert message in result.stderr
 
 
 def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:

@@ -55,4 +55,6 @@ def merge(adapted: Any, sparsity: SparsityControl | None, ids: Tensor) -> tuple[
             f"merging the LoRA deltas changed the logits by {gap:.1e} (relative); the masks have to act at the same "
             "place before and after, so this is a fault of moyu: please report it"
         )
+    if sparsity is None:
+        return model, {"merge_gap": gap}
     return model, {"merge_gap": gap, "density_before_merge": density_before, "density_after_merge": density_after}

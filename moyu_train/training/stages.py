@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
 from moyu_train.files import write_json
-from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.blocks import activation_field, ffn_sha256
 from moyu_train.models.loading import check_memory, load_dense, training_bytes
 from moyu_train.models.state import (
     predictors_from_tensors,
@@ -39,6 +39,7 @@ from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.loop import calibrate_in_loop
 from moyu_train.training.lora import adapt, merge
 from moyu_train.training.rule import calibrate_rule
@@ -104,10 +105,10 @@ def training_windows(run: "Run", settings: Optimise) -> Tensor:
 
 def train(
     run: "Run", folder: Path, settings: Optimise, learning_rate: float, sparsity: SparsityControl | None, model: Any
-) -> tuple[Any, list[dict[str, float]], dict[str, float]]:
-    """Fine-tune `model` in place, resuming from the last complete checkpoint.
+) -> tuple[Any, list[dict[str, float]], dict[str, Any]]:
+    """Fine-tune `model`, resuming from the last complete checkpoint.
 
-    Returns: the model, deltas merged; the log lines; what merging changed.
+    Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
     """
     parent = run.dense() if settings.kl_weight and sparsity else None
     penalty = run.recipe.penalty if sparsity else None
@@ -141,7 +142,7 @@ def train(
         report_to="none",
     )
     windows = training_windows(run, settings)
-    ffn = ffn_sha256(model)
+    ffn = ffn_sha256(model) if settings.lora else ""
     adapted = adapt(model, settings.lora) if settings.lora else model
     coefficients: Callable[[float], float] | None = None
     if penalty:
@@ -158,17 +159,39 @@ def train(
         lm_weight=settings.lm_weight if sparsity else 1.0,
         coefficient=coefficients,
     )
+    figures: dict[str, Any] = {"engine": check_engine(trainer)}
     with PartialState().main_process_first():
         checkpoint = last_complete_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     log = [line for line in trainer.state.log_history if "loss" in line]
+    thresholds = sparsity.sparsifier.thresholds if sparsity else []
+    if asked_engine():
+        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        values = whole_parameters(adapted, trained)
+        leave_engine()
+        adapted, sparsity = (
+            _like(run, model, settings),
+            None,
+        )  # without the engine and the masks of the one that trained
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if name in values:
+                    parameter.copy_(values[name])
     if not settings.lora:
-        return model, log, {}
+        return adapted, log, figures
     round_delta(adapted)
-    if sparsity and PartialState().is_main_process:
-        save_delta(adapted, sparsity.sparsifier.thresholds, ffn, folder / "delta")
-    merged, figures = merge(adapted, sparsity, windows[0])
-    return merged, log, figures
+    if thresholds and PartialState().is_main_process:
+        save_delta(adapted, thresholds, ffn, folder / "delta")
+    merged, moved = merge(adapted, sparsity, windows[0])
+    return merged, log, figures | moved
+
+
+def _like(run: "Run", model: Any, settings: Optimise) -> Any:
+    """A fresh dense model with the marker and the deltas that `model` has."""
+    fresh = run.dense()
+    name = activation_field(model.config)
+    setattr(fresh.config, name, getattr(model.config, name))
+    return adapt(fresh, settings.lora) if settings.lora else fresh
 
 
 def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
@@ -257,10 +280,10 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     model = run.dense()
     sparsity = _sparsity(run, model)
     if recipe.delta:
-        model, merged = _rebuild(run, Path(recipe.delta), model, sparsity)
+        model, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
         log: list[dict[str, float]] = []
     else:
-        model, log, merged = train(run, folder, settings, settings.learning_rate, sparsity, model)
+        model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model)
     predictors = sparsity.predictors or []
     sparsity.remove()
     if PartialState().is_main_process:
@@ -272,10 +295,9 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     figures = {
         "tokens": len(log) * settings.tokens_per_step * PartialState().num_processes,
         "processes": PartialState().num_processes,
-        "engine": PartialState().distributed_type.value,
         "sparsity_target": recipe.target_sparsity,
         "ffn_sha256": ffn_sha256(model),
-        **merged,
+        **ran,
     }
     if log:
         figures |= {"sparsity": log[-1]["sparsity"], "loss_first": log[0]["loss"], "loss_last": log[-1]["loss"]}

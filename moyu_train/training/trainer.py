@@ -148,10 +148,17 @@ class SparsityTrainer(Trainer):
                 logs |= self.sparsity.metrics()
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.sparsity:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's; True resumes from the last checkpoint that was written to its end.
+
+        The mask's state is read here, since with DeepSpeed the Trainer's own loading is left out.
+        """
+        if resume_from_checkpoint is True:
+            last = last_complete_checkpoint(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = None if last is None else str(last)
+        if self.sparsity and isinstance(resume_from_checkpoint, str):
             self.sparsity.load(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
