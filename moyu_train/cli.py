@@ -57,6 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--backend", choices=("auto", "cpu", "reference"), default="auto")
     recipes = verb("recipes", "list the shipped recipes, or copy one")
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
+    cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
+    cost.add_argument("recipe", help="recipe, or a model for the defaults")
+    routes = verb("collect", "one table of several finished runs, and their rows with --json")
+    routes.add_argument("runs", nargs="+", help="run folders")
     verb("env", "versions and hardware, for bug reports")
     return parser
 
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, or 1 after an error that the user can act on (2 for usage)."""
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("run", *STAGE_VERBS):
+    if rest and known.verb not in ("run", "step-cost", *STAGE_VERBS):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
@@ -90,6 +94,7 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": _generate,
         "recipes": _recipes,
+        "collect": _collect,
         "env": _env,
     }
     if known.verb in simple:
@@ -97,6 +102,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
         return _on_folder(known.verb, Path(known.recipe), rest)
     recipe = load_recipe(known.recipe, rest)
+    if known.verb == "step-cost":
+        return _step_cost(recipe)
     if known.verb == "run" and known.dry_run:
         print(json.dumps(recipe.model_dump(mode="json"), indent=1))
         return recipe.model_dump(mode="json")
@@ -113,6 +120,15 @@ def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     from moyu_train.analysis.tables import print_figures
 
     print_figures(verb, figures)
+    return figures
+
+
+def _step_cost(recipe: Recipe) -> dict[str, Any]:
+    from moyu_train.analysis.tables import print_figures
+    from moyu_train.step_cost import step_cost
+
+    figures = step_cost(recipe)
+    print_figures("step-cost", figures)
     return figures
 
 
@@ -163,6 +179,12 @@ def _recipes(known: argparse.Namespace) -> dict[str, Any]:
             first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             print(f"{name:<36} {first}")
     return {"recipes": list(found)}
+
+
+def _collect(known: argparse.Namespace) -> dict[str, Any]:
+    from moyu_train.analysis.collect import collect_runs
+
+    return collect_runs([Path(run) for run in known.runs])
 
 
 def _env(known: argparse.Namespace) -> dict[str, Any]:

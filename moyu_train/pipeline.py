@@ -70,7 +70,7 @@ STAGES = {
             ("export", "control"),
             ("evaluate",),
         ),
-        Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",)),
+        Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",), "bench"),
         Stage(
             "report",
             "moyu_train.analysis.report:report",
@@ -116,7 +116,14 @@ class Run:
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
         blocks = find_blocks(self.skeleton)
-        resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)[0].check(blocks)
+        cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
+        cls.check(blocks)
+        rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
+        if self.recipe.bench and not rule.native:
+            raise MoyuError(
+                f"sparsifier {cls.name!r} has no kernel yet, so its speed cannot be measured: train and "
+                "evaluate it with bench: null (--bench null), or use the sparsifier 'threshold' or 'relu'"
+            )
         if self.recipe.predictor is None:
             return
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)

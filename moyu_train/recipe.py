@@ -196,7 +196,7 @@ class Recipe(Section):
     fit: Fit = Fit()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
-    bench: Bench = Bench()
+    bench: Bench | None = Bench()
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from peft import PeftConfig
 from tiny import save_tiny, tiny_settings
 
 from moyu_train.models.loading import load_dense
@@ -291,6 +292,67 @@ def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     assert "tokens per second" in generated.stdout
     figures = json.loads((tmp_path / "g.json").read_text())
     assert 0 < figures["kept"] <= figures["selected"] <= 1
+
+
+def test_step_cost_compares_with_the_plain_trainer(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path)
+    moyu("step-cost", str(recipe), "--penalty", "{name: hoyer, coefficient: 0.1}", "--json", str(tmp_path / "c.json"))
+    figures = json.loads((tmp_path / "c.json").read_text())
+    assert figures["tokens_per_step"] == 128
+    assert figures["time_ratio_least"] <= figures["time_ratio"] <= figures["time_ratio_most"]
+    assert figures["memory_ratio"] == figures["sparse_peak_bytes"] / figures["plain_peak_bytes"]
+
+
+def test_a_rule_without_a_kernel_trains_and_is_called_simulated(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path)
+    assert "has no kernel yet" in moyu("run", str(recipe), "--sparsifier", "{name: topk}", code=1).stderr
+    options = ["--sparsifier", "{name: topk}", "--predictor", "null", "--bench", "null"]
+    out = moyu("run", str(recipe), *options)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["bytes_skipped"] is None
+    assert result["mask_path"].startswith("simulated")
+    assert result["neurons_off"] == pytest.approx(0.5)
+    assert result["ppl"]["sparse"] == result["ppl"]["rule"]
+    assert "simulated, nothing is skipped" in (tmp_path / "run" / "report.html").read_text()
+    assert "stage 'bench' is not part of this recipe" in moyu("bench", str(recipe), *options, code=1).stderr
+    table = moyu("collect", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json"))
+    assert "simulated" in table.stdout
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    for name in ("route", "tokens", "neurons_off", "bytes_skipped", "ppl", "ppl_over_control", "ppl_over_dense"):
+        assert name in row
+    assert row["ppl_over_dense"] == pytest.approx(result["ppl"]["sparse"] / result["ppl"]["dense"])
+    assert "has no finished stage 'finetune'" in moyu("collect", str(tmp_path), code=1).stderr
+    assert out.returncode == 0
+
+
+def test_a_delta_rebuilds_the_model_and_a_control_is_reused(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path)
+    options = ["--predictor", "null", "--bench", "null", "--finetune.lora", "{rank: 4}"]
+    moyu("run", str(recipe), *options)
+    first = json.loads((tmp_path / "run" / "result.json").read_text())
+    delta = tmp_path / "run" / "finetune" / "delta"
+    assert sum(file.stat().st_size for file in delta.iterdir()) < 60_000
+    again = [
+        *options,
+        "--run",
+        str(tmp_path / "again"),
+        "--delta",
+        str(delta),
+        "--control.reuse",
+        str(tmp_path / "run"),
+    ]
+    moyu("run", str(recipe), *again)
+    second = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert second["ppl"] == first["ppl"]
+    assert second["hashes"]["ffn"] == first["hashes"]["ffn"]
+    with pytest.raises(KeyError, match="MOYU_LORA"):  # stock peft must not take it without the masks
+        PeftConfig.from_pretrained(delta)
+    other = moyu("control", str(recipe), *again, "--finetune.weight_decay", "0.1", code=1)
+    assert "holds no finished control of the same model" in other.stderr
+    (delta / "moyu.safetensors").write_bytes(b"x")
+    third = [*options, "--run", str(tmp_path / "third"), "--delta", str(delta)]
+    moyu("calibrate", str(recipe), *third)
+    assert "missing, or changed since the delta was written" in moyu("finetune", str(recipe), *third, code=1).stderr
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def _install(
     projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"]) if name}
     reason = f"layout {layout!r} has no op"
     if layout == "gated":
-        if not (rule.stock_activation or (rule.gate, rule.up, rule.keep) == ("stock", "stock", "threshold")):
+        if not rule.native:
             reason = f"rule {rule.describe()} has no op"
         elif act is None:
             reason = f"activation {act_name!r} has no op"

@@ -63,6 +63,12 @@ class Rule:
         return {"relu": "relu", "fatrelu": "relu", "relu2": "relu2"}.get(self.gate) if plain else None
 
     @property
+    def native(self) -> bool:
+        """Whether the ops compute this rule, in a gated FFN, and skip what it drops; else it runs simulated."""
+        stock = (self.gate, self.up, self.keep) == ("stock", "stock", "threshold")
+        return stock or self.stock_activation == "relu"
+
+    @property
     def substitutes(self) -> bool:
         """Whether gate or up is another function also where nothing is masked."""
         return self.gate in SUBSTITUTES or self.up != "stock"

@@ -58,7 +58,7 @@ def quality(result: dict[str, Any]) -> Figure:
         ("sparse", result["bytes_skipped"]),
     )
     for name, skipped in points:
-        if name in ppl:
+        if name in ppl and skipped is not None:
             axes.scatter(skipped, ppl[name] / best, s=60)
             axes.annotate(name, (skipped, ppl[name] / best), xytext=(6, 6), textcoords="offset points")
     axes.set_xlim(-0.02, 1)

@@ -28,9 +28,9 @@ img{{max-width:100%}} pre{{line-height:1.25;overflow-x:auto}} .lead{{font-size:1
 
 def collect(run: "Run") -> dict[str, Any]:
     """The content of result.json (docs/results.md), from the finished stages of this very recipe."""
-    names = ("finetune", "export", "verify", "evaluate", "bench", *(["control"] if run.recipe.control else []))
-    figures = {name: run.figures(name) for name in names}
-    tuned, evaluated, timed = figures["finetune"], figures["evaluate"], figures["bench"]
+    wanted = ("finetune", "control", "export", "verify", "evaluate", "bench")
+    figures = {name: run.figures(name) for name in wanted if name in run.stages}
+    tuned, evaluated = figures["finetune"], figures["evaluate"]
     return {
         "model": run.recipe.model,
         "tokens_trained": tuned["tokens"],
@@ -47,15 +47,9 @@ def collect(run: "Run") -> dict[str, Any]:
         "control_learning_rate": figures["control"]["best_learning_rate"] if run.recipe.control else None,
         "overlap_13gram": evaluated["overlap_13gram"],
         "kernels": evaluated["kernels"],
-        "decode_tokens_per_second": timed["decode_tokens_per_second"],
-        "bandwidth_gb_s": timed["bandwidth_gb_s"],
-        "bandwidth_share": timed["bandwidth_share"],
-        "over_best_transformers": timed["over_best_transformers"],
-        "over_dense_runner": timed["over_dense_runner"],
-        "bench": timed["rows"],
-        "rounds": run.recipe.bench.rounds,
+        **(_timings(figures["bench"], run.recipe.bench.rounds) if run.recipe.bench else {}),
         "dtype": run.recipe.export.dtype,
-        "mask_path": "predictor and rule, through moyu_kernels",
+        "mask_path": "simulated: a mask after a dense matmul" if evaluated["simulated"] else "through moyu_kernels",
         "hashes": {
             "recipe": hashlib.sha256(run.recipe.model_dump_json().encode()).hexdigest(),
             "inputs": run.inputs_digest,
@@ -63,6 +57,26 @@ def collect(run: "Run") -> dict[str, Any]:
             "manifest": evaluated["manifest_sha256"],
         },
     }
+
+
+def _timings(timed: dict[str, Any], rounds: int) -> dict[str, Any]:
+    names = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_best_transformers")
+    return {name: timed[name] for name in (*names, "over_dense_runner")} | {"bench": timed["rows"], "rounds": rounds}
+
+
+def _lead(result: dict[str, Any]) -> str:
+    """The result in one sentence."""
+    if result["bytes_skipped"] is None:
+        skipped = f"{result['neurons_off']:.0%} of the FFN's neurons are off per token (simulated, nothing is skipped)"
+    else:
+        skipped = f"{result['bytes_skipped']:.0%} of the FFN's weight bytes are not read per decoded token"
+    lead = f"{skipped}, at {result['ratio']:.3f} times the perplexity of the best dense model"
+    if "bench" not in result:
+        return f"{lead}. Speed was not measured."
+    return (
+        f"{lead}, decoding {result['over_best_transformers']['speedup']:.2f} times as fast as the best dense "
+        f"transformers setting and {result['over_dense_runner']['speedup']:.2f} times as fast as the same runner dense."
+    )
 
 
 def report(run: "Run", folder: Path) -> dict[str, Any]:
@@ -76,13 +90,7 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
     }
     for name, figure in images.items():
         figure.savefig(run.folder / name, dpi=120)
-    tables = [quality_table(result), speed_table(result)]
-    lead = (
-        f"{result['bytes_skipped']:.0%} of the FFN's weight bytes are not read per decoded token, at "
-        f"{result['ratio']:.3f} times the perplexity of the best dense model, decoding "
-        f"{result['over_best_transformers']['speedup']:.2f} times as fast as the best dense transformers setting and "
-        f"{result['over_dense_runner']['speedup']:.2f} times as fast as the same runner dense."
-    )
+    tables = [quality_table(result), *([speed_table(result)] if "bench" in result else [])]
     source = json.dumps(
         {
             "recipe": run.recipe.model_dump(mode="json"),
@@ -97,7 +105,7 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
     )
     page = PAGE.format(
         title=f"moyu: {html.escape(result['model'])}",
-        lead=html.escape(lead),
+        lead=html.escape(_lead(result)),
         figures=pictures,
         tables="".join(f"<pre>{html.escape(_text(table))}</pre>" for table in tables),
         source=html.escape(source),

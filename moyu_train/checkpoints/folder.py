@@ -11,7 +11,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
 from moyu_train.evaluation.stage import evaluate_checkpoint
 from moyu_train.models.loading import load_tokenizer
-from moyu_train.recipe import Recipe
+from moyu_train.recipe import Bench, Recipe
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
@@ -39,4 +39,4 @@ def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def bench_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    return bench_checkpoint(folder, _test_documents(folder, recipe).tokens[0], recipe.bench)
+    return bench_checkpoint(folder, _test_documents(folder, recipe).tokens[0], recipe.bench or Bench())

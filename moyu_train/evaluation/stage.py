@@ -35,9 +35,11 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
     model = load_dense(folder)
     with SparseMasks(model, rules, predictors) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
+    simulated = not rules[0].native or any(block.layout != "gated" for block in masks.blocks)
     figures: dict[str, Any] = {
         "scores": sparse,
-        "bytes_skipped": bytes_skipped(masks.blocks, masks.counts, predictors, itemsize),
+        "simulated": simulated,  # without an op nothing is skipped
+        "bytes_skipped": None if simulated else bytes_skipped(masks.blocks, masks.counts, predictors, itemsize),
         "neurons_off": masks.neurons_off(),
         "layers": masks.per_layer(),
     }
@@ -48,7 +50,7 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
         with SparseMasks(model, rules, None) as rule:
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
-    if kernel_tokens:
+    if kernel_tokens and not simulated:
         few = Documents([documents.tokens[0][: min(kernel_tokens, window)]])
         with SparseMasks(model, rules, predictors):
             masked = score(model, few, window, "evaluate: masked path").perplexity
@@ -88,7 +90,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     thresholds, predictors = read(run.before("finetune"))
     with SparseMasks(model, sparsifier_of(run.recipe, thresholds).rules, predictors) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
-    untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, model_itemsize(checkpoint))
+    itemsize = model_itemsize(checkpoint)
+    untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
     variants: dict[str, Scores] = {"dense": dense}
     if run.recipe.control:
         model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
@@ -106,8 +109,9 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         "ppl": {name: scores.perplexity for name, scores in variants.items()},
         "ratio": found["scores"].perplexity / best.perplexity,
         "ratio_interval": ratio_interval(found["scores"], best),
+        "simulated": found["simulated"],
         "bytes_skipped": found["bytes_skipped"],
-        "untouched_bytes_skipped": untouched_skipped,
+        "untouched_bytes_skipped": None if found["simulated"] else untouched_skipped,
         "neurons_off": found["neurons_off"],
         "rule_neurons_off": found["rule_neurons_off"],
         "kernels": found.get("kernels"),

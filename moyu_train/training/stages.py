@@ -253,11 +253,9 @@ def _check_memory(run: "Run", parent: bool) -> None:
     check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
 
 
-def _sparsity(run: "Run", model: Any) -> SparsityControl:
-    """The recipe's rule and predictors on `model`, and its penalty, scaled on the text and weights it starts from."""
+def sparsity_on(run: "Run", model: Any, sparsifier: Any, predictors: list[dict[str, Tensor]]) -> SparsityControl:
+    """The rule and predictors on `model`, and the recipe's penalty, scaled on the text and weights it starts from."""
     recipe = run.recipe
-    thresholds, predictors = read(run.before("finetune"))
-    sparsifier = sparsifier_of(recipe, thresholds)
     penalty = adaptive = None
     if recipe.penalty:
         cls, options = resolve("penalty", recipe.penalty, PENALTIES)
@@ -278,13 +276,13 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     recipe, settings = run.recipe, run.recipe.finetune
     _check_memory(run, parent=settings.kl_weight > 0)
     model = run.dense()
-    sparsity = _sparsity(run, model)
+    thresholds, predictors = read(run.before("finetune"))
+    sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)
     if recipe.delta:
         model, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
         log: list[dict[str, float]] = []
     else:
         model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model)
-    predictors = sparsity.predictors or []
     sparsity.remove()
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
