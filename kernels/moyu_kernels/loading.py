@@ -17,7 +17,8 @@ from .rules import Rule, RuleSeam
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READS = (1, 2)  # version 1 has no formula: its rule is always a threshold on the activation
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
 LAYOUTS = ("gated", "fused", "plain", "experts")
 # transformers' names of the activations that have an op; other ones run under a mask on the dense module.
@@ -104,9 +105,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _check_version(path: Path, data: dict[str, Any]) -> None:
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READS:
         raise CheckpointError(
-            f"{path} has format version {version!r}, this moyu_kernels reads version {FORMAT_VERSION}; "
+            f"{path} has format version {version!r}, this moyu_kernels reads versions {READS[0]} to {READS[-1]}; "
             "use the moyu_kernels that matches it, or export the checkpoint again"
         )
 
