@@ -19,21 +19,29 @@ BUILTIN = {
 }
 
 PIECE = 256  # tokens, the least that is worth taking of a long document
+MESSAGES = "messages"
 TEXT_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz")
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Tokenised documents, each int64 `[T]` of its own length."""
+    """Tokenised documents, each int64 `[T]` of its own length.
+
+    scored: for conversations, bool like `tokens`: the assistant's turns, which training scores. None: all tokens.
+    """
 
     tokens: list[Tensor]
+    scored: list[Tensor] | None = None
 
     @property
     def total(self) -> int:
         return sum(len(t) for t in self.tokens)
 
     def digest(self) -> str:
-        return hashlib.sha256(torch.cat(self.tokens).numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(torch.cat(self.tokens).numpy().tobytes())
+        if self.scored is not None:
+            digest.update(torch.cat(self.scored).numpy().tobytes())
+        return digest.hexdigest()
 
     def windows(self, length: int) -> list[tuple[int, Tensor]]:
         """Consecutive windows inside each document, stride = length, each with its document's index.
@@ -61,16 +69,27 @@ class Documents:
 
     def packed(self, length: int, seed: int) -> Tensor:
         """All documents end to end, cut into full windows `[N, length]` in random order; the rest is dropped."""
+        return _packed(torch.cat(self.tokens), length, seed)
+
+    def packed_labels(self, length: int, seed: int) -> Tensor:
+        """Labels of `packed`: the tokens themselves, -100 where training does not score them."""
         stream = torch.cat(self.tokens)
-        count = len(stream) // length
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        return stream[: count * length].view(count, length)[order]
+        if self.scored is not None:
+            stream = torch.where(torch.cat(self.scored), stream, -100)
+        return _packed(stream, length, seed)
 
 
-def read_texts(source: str, text_field: str) -> list[str]:
+def _packed(stream: Tensor, length: int, seed: int) -> Tensor:
+    count = len(stream) // length
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return stream[: count * length].view(count, length)[order]
+
+
+def read_texts(source: str, text_field: str) -> list[Any]:
     """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`.
 
-    A file named `*.raw` is WikiText as published: one document an article, rows joined as in the literature.
+    A file named `*.raw` is WikiText as published: one document an article, rows joined as in the literature. Where the
+    rows have `messages` and no text field, the documents are conversations: lists of `{"role": …, "content": …}`.
     """
     import datasets
 
@@ -103,6 +122,8 @@ def read_texts(source: str, text_field: str) -> list[str]:
         )
     except Exception as error:  # datasets raises many types here; the cause stays attached
         raise MoyuError(f"data {source!r} could not be read: {error}") from error
+    if text_field not in rows.column_names and MESSAGES in rows.column_names:
+        return [messages for messages in rows[MESSAGES] if messages]
     if text_field not in rows.column_names:
         raise MoyuError(
             f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set data.text_field"
@@ -116,16 +137,23 @@ def _articles(text: str) -> list[str]:
     return [article for article in re.split(r"(?m)^(?= = [^=]+ = $)", rows) if article.strip()]
 
 
-def tokenise(texts: list[str], tokenizer: Any, source: str, window: int, max_tokens: int | None = None) -> Documents:
-    """Tokens of the documents, in order, until `max_tokens`.
+def tokenise(texts: list[Any], tokenizer: Any, source: str, window: int, max_tokens: int | None = None) -> Documents:
+    """Tokens of the documents (texts, or conversations by the tokenizer's chat template), in order, until `max_tokens`.
 
     Raises: MoyuError where there is less text than one window.
     """
-    tokens, total = [], 0
+    tokens: list[Tensor] = []
+    scored: list[Tensor] = []
+    total, chat = 0, bool(texts) and not isinstance(texts[0], str)
     for text in texts:
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+        if chat:
+            ids, turns = conversation(text, tokenizer, source)
+        else:
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+            turns = torch.ones(0)
         if len(ids):
             tokens.append(ids)
+            scored.append(turns)
             total += len(ids)
         if max_tokens is not None and total >= max_tokens:
             break
@@ -133,7 +161,40 @@ def tokenise(texts: list[str], tokenizer: Any, source: str, window: int, max_tok
         raise MoyuError(
             f"data {source!r} has {total} tokens, less than one window of {window}; give more text or lower the window"
         )
-    return Documents(tokens)
+    if chat and not any(turns.any() for turns in scored):
+        raise MoyuError(f"data {source!r} has conversations and no turn of the role 'assistant', so nothing is scored")
+    return Documents(tokens, scored if chat else None)
+
+
+def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) -> tuple[Tensor, Tensor]:
+    """Tokens int64 `[T]` of a conversation, and which of them the assistant wrote, bool `[T]`.
+
+    Raises: MoyuError where the tokenizer has no chat template, or one that writes earlier turns in another way later.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise MoyuError(
+            f"data {source!r} has conversations and the model's tokenizer no chat template; give plain text, or a "
+            "model with one"
+        )
+
+    def tokens(count: int, prompt: bool) -> list[int]:
+        ids = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
+        return list(ids)
+
+    ids = tokens(len(messages), prompt=False)
+    scored = torch.zeros(len(ids), dtype=torch.bool)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = tokens(index, prompt=True) if index else [], tokens(index + 1, prompt=False)
+        if ids[: len(before)] != before or ids[: len(after)] != after:
+            raise MoyuError(
+                f"the chat template of this tokenizer writes turn {index} of a conversation in data {source!r} in "
+                "another way once more turns follow, so it cannot be told which tokens are the assistant's; split such "
+                "conversations, or give plain text"
+            )
+        scored[len(before) : len(after)] = True
+    return torch.tensor(ids, dtype=torch.int64), scored
 
 
 def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents, Documents]:
@@ -143,7 +204,9 @@ def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents,
             f"data {source!r} has {len(documents.tokens)} document(s), and data.validation_documents asks to hold back "
             f"{count}; give more documents (JSON lines, one document a line) or lower it"
         )
-    return Documents(documents.tokens[:-count]), Documents(documents.tokens[-count:])
+    scored = documents.scored
+    first = Documents(documents.tokens[:-count], scored and scored[:-count])
+    return first, Documents(documents.tokens[-count:], scored and scored[-count:])
 
 
 def overlap(train: Documents, test: Documents, n: int = 13) -> float:

@@ -120,13 +120,15 @@ class Optimise(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
     kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
+    kl_top_k: int | None = Field(None, ge=1, description="of its distribution only the likeliest tokens; default all")
+    block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
     lm_weight: float = Field(0.0, ge=0, description="next-token loss")
     lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
 
     @model_validator(mode="after")
     def _loss(self) -> "Optimise":
-        if self.kl_weight == 0 and self.lm_weight == 0:
-            raise ValueError("kl_weight and lm_weight are both 0: nothing to train; set one of them above 0")
+        if self.kl_weight == 0 and self.lm_weight == 0 and self.block_weight == 0:
+            raise ValueError("kl_weight, lm_weight and block_weight are all 0: nothing to train; set one above 0")
         if self.tokens < self.tokens_per_step:
             raise ValueError(
                 f"tokens ({self.tokens}) is less than one step, window x batch x accumulation = "

@@ -312,3 +312,59 @@ def test_sparsify_works_with_a_plain_trainer(tmp_path: Path) -> None:
     masked = model(WINDOWS[:1]).logits
     control.remove()
     assert not torch.allclose(model(WINDOWS[:1]).logits, masked)
+
+
+def test_kl_over_the_likeliest_tokens_lumps_the_rest_together() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, parent = torch.randn(1, 9, 11, generator=g), torch.randn(1, 9, 11, generator=g) * 2
+    labels = torch.randint(0, 11, (1, 9), generator=g)
+    p, q = parent[0, :-1].softmax(-1), logits[0, :-1].softmax(-1)
+    expected = 0.0
+    for row_p, row_q in zip(p, q, strict=True):
+        top = row_p.argsort(descending=True)[:3]
+        pairs = [(row_p[i], row_q[i]) for i in top] + [(1 - row_p[top].sum(), 1 - row_q[top].sum())]
+        expected += sum((a * (a / b).log()).item() for a, b in pairs)
+    assert kl_sum(logits, parent, labels, top_k=3).item() == pytest.approx(expected, rel=1e-4)
+    assert kl_sum(logits, parent, labels, top_k=3) < kl_sum(logits, parent, labels)
+    torch.testing.assert_close(kl_sum(logits, parent, labels, top_k=99), kl_sum(logits, parent, labels))
+
+
+def anchored(folder: Path, batch: int, accumulation: int, **options: Any) -> Any:
+    trainer = make(folder, batch, accumulation, save_strategy="no", **options)
+    return SparsityTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        sparsity=trainer.sparsity,
+        parent=tiny_model(),
+        kl_weight=0.0,
+        lm_weight=0.0,
+        block_weight=1.0,
+    )
+
+
+def test_the_block_anchor_is_the_relative_error_of_each_block(tmp_path: Path) -> None:
+    trainer = anchored(tmp_path, 4, 1, gain=0.0)
+    outputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    dense = tiny_model()
+    for model in (dense, trainer.model):
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_hook(lambda _, __, y, i=i: outputs[i].append(y.detach()))
+    mask = torch.ones(4, 24, dtype=torch.long)
+    mask[:, 20:] = 0
+    batch = {"input_ids": WINDOWS[:4], "labels": WINDOWS[:4], "attention_mask": mask}
+    dense(WINDOWS[:4], attention_mask=mask)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch).item()
+    errors = [(y - y0).square().sum(-1) / y0.square().sum(-1) for y0, y in outputs.values()]
+    assert loss == pytest.approx(sum(e[:, :20].mean().item() for e in errors) / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+def test_the_block_anchor_trains_the_same_however_a_step_is_cut(tmp_path: Path, options: dict[str, Any]) -> None:
+    one, other = anchored(tmp_path / "a", 4, 1), anchored(tmp_path / "b", 1, 4, **options)
+    start = weights(one)
+    one.train()
+    other.train()
+    torch.testing.assert_close(weights(other), weights(one), rtol=1e-4, atol=1e-6)
+    assert (weights(one) - start).norm() > 1e-3

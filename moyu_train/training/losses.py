@@ -18,18 +18,24 @@ def lm_sum(logits: Tensor, labels: Tensor) -> Tensor:
     ).sum()
 
 
-def kl_sum(logits: Tensor, parent: Tensor, labels: Tensor) -> Tensor:
-    """KL(parent || student) at the scored positions, fp32 sum. logits, parent `[B, T, V]`, labels as in `lm_sum`."""
+def kl_sum(logits: Tensor, parent: Tensor, labels: Tensor, top_k: int | None = None) -> Tensor:
+    """KL(parent || student) at the scored positions, fp32 sum. logits, parent `[B, T, V]`, labels as in `lm_sum`.
+
+    top_k: of the parent's distribution only the likeliest so many tokens one by one, and all others as one event.
+    """
     scored = labels[:, 1:] != -100
     student, teacher = logits[:, :-1][scored], parent[:, :-1][scored]
-    return torch.stack(
-        [
-            functional.kl_div(
-                functional.log_softmax(s.float(), dim=-1),
-                functional.log_softmax(t.float(), dim=-1),
-                log_target=True,
-                reduction="sum",
-            )
-            for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True)
-        ]
-    ).sum()
+    sums = []
+    for s, t in zip(student.split(CHUNK), teacher.split(CHUNK), strict=True):
+        log_q, log_p = functional.log_softmax(s.float(), dim=-1), functional.log_softmax(t.float(), dim=-1)
+        if top_k is not None:
+            log_p, places = log_p.topk(min(top_k, log_p.shape[-1] - 1), dim=-1)
+            log_p, log_q = _with_rest(log_p), _with_rest(log_q.gather(-1, places))
+        sums.append(functional.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+    return torch.stack(sums).sum()
+
+
+def _with_rest(log_p: Tensor) -> Tensor:
+    """Log-probabilities `[N, K]` and that of everything else, `[N, K + 1]`."""
+    rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-7)
+    return torch.cat([log_p, rest.log()], dim=-1)

@@ -64,16 +64,16 @@ def read(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 
 class Windows(Dataset):
-    """Packed windows int64 `[N, T]` as the Trainer takes them; every token but the first of a window is scored."""
+    """Packed windows int64 `[N, T]` as the Trainer takes them; `labels` as `Documents.packed_labels`, default all."""
 
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
+    def __init__(self, windows: Tensor, labels: Tensor | None = None) -> None:
+        self.windows, self.labels = windows, windows if labels is None else labels
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+        return {"input_ids": self.windows[index], "labels": self.labels[index]}
 
 
 def sparsifier_of(recipe: Recipe, thresholds: list[Tensor]) -> Any:
@@ -110,7 +110,7 @@ def train(
 
     Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
     """
-    parent = run.dense() if settings.kl_weight and sparsity else None
+    parent = run.dense() if (settings.kl_weight or settings.block_weight) and sparsity else None
     penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
     steps = settings.tokens // (settings.tokens_per_step * processes)
@@ -152,11 +152,13 @@ def train(
     trainer = SparsityTrainer(
         model=adapted,
         args=arguments,
-        train_dataset=Windows(windows),
+        train_dataset=Windows(windows, run.train.packed_labels(settings.window, run.recipe.seed)[: len(windows)]),
         sparsity=sparsity,
         parent=parent,
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
+        kl_top_k=settings.kl_top_k,
+        block_weight=settings.block_weight if sparsity else 0.0,
         coefficient=coefficients,
     )
     figures: dict[str, Any] = {"engine": check_engine(trainer)}
@@ -274,7 +276,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    _check_memory(run, parent=settings.kl_weight > 0)
+    _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0)
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
     sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)

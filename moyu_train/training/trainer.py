@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import write_json
+from moyu_train.training.anchor import BlockAnchor
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.health import where_not_finite
 from moyu_train.training.losses import kl_sum, lm_sum
@@ -41,14 +42,16 @@ class SparsityBar(ProgressCallback):
 
 
 class SparsityTrainer(Trainer):
-    """One loss, one backward: `kl_weight * KL(parent || student) + lm_weight * LM + coefficient * penalty`.
+    """One loss, one backward: KL(parent || student), next-token loss, block anchor and penalty, each by its weight.
 
     Each is a mean over its own tokens of the whole optimizer step, all micro-batches and processes together: those that
-    are scored for KL and LM, those that are no padding for the penalty.
+    are scored for KL and LM, those that are no padding for the block anchor and the penalty.
 
     Args:
         sparsity: the mask's owner, or None for a dense run (the dense control).
-        parent: the dense model, only read; None where kl_weight is 0.
+        parent: the dense model, only read; None where kl_weight and block_weight are 0.
+        kl_top_k: of the parent's distribution only so many tokens (losses.kl_sum); None: all.
+        block_weight: of the FFN blocks' relative output error (training/anchor.py).
         coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done; None without one.
     """
 
@@ -61,12 +64,15 @@ class SparsityTrainer(Trainer):
         parent: nn.Module | None,
         kl_weight: float,
         lm_weight: float,
+        kl_top_k: int | None = None,
+        block_weight: float = 0.0,
         coefficient: Callable[[float], float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
         self.sparsity, self.kl_weight, self.lm_weight, self.coefficient = sparsity, kl_weight, lm_weight, coefficient
+        self.kl_top_k, self.block_weight = kl_top_k, block_weight
         self._real_tokens = torch.ones(())
         if (coefficient is None) != (sparsity is None or sparsity.penalty is None):
             raise ValueError("a penalty and its coefficient belong together: give both, or neither")
@@ -76,6 +82,7 @@ class SparsityTrainer(Trainer):
                 "start one process per GPU with `accelerate launch`"
             )
         self.parent = parent.eval().requires_grad_(False).to(self.args.device) if parent is not None else None
+        self.anchor = BlockAnchor(self.model, self.parent) if block_weight and self.parent is not None else None
         self._parts: dict[str, float] = {}
         if sparsity is not None:
             sparsity.counting = False  # but while compute_loss arms it: a recompute in the backward counts nothing
@@ -94,7 +101,15 @@ class SparsityTrainer(Trainer):
         tensors = {key: value for key, value in inputs.items() if key != "labels"}
         training = model.training
         real = inputs.get("attention_mask")
-        with self.sparsity.armed(training, real) if self.sparsity else contextlib.nullcontext():
+        parent = None
+        if self.parent is not None and (self.kl_weight or (training and self.anchor)):
+            with torch.no_grad():
+                parent = self.parent(**tensors, use_cache=False).logits
+        with contextlib.ExitStack() as arms:
+            if self.sparsity:
+                arms.enter_context(self.sparsity.armed(training, real))
+            if self.anchor and training:
+                arms.enter_context(self.anchor.armed(real))
             outputs = model(**tensors, use_cache=False)
         if num_items_in_batch is None:
             tokens, real_tokens, processes = (labels[:, 1:] != -100).sum(), _real_tokens(inputs), 1
@@ -102,17 +117,21 @@ class SparsityTrainer(Trainer):
             tokens, real_tokens = num_items_in_batch, self._real_tokens
             processes = self.accelerator.num_processes
         loss = outputs.logits.new_zeros((), dtype=torch.float32)
-        if self.kl_weight and self.parent is not None:
-            with torch.no_grad():
-                parent = self.parent(**tensors, use_cache=False).logits
-            kl = kl_sum(outputs.logits, parent, labels)
+        if self.kl_weight and parent is not None:
+            kl = kl_sum(outputs.logits, parent, labels, self.kl_top_k)
             self._note("kl", kl, tokens)
             loss = loss + self.kl_weight * kl
         if self.lm_weight:
             lm = lm_sum(outputs.logits, labels)
             self._note("lm", lm, tokens)
             loss = loss + self.lm_weight * lm
-        loss = loss * processes / tokens  # DDP averages gradients over processes; `tokens` is the sum over all of them
+        loss = (
+            loss * processes / max(tokens, 1)
+        )  # DDP averages gradients over processes; `tokens` is the sum over all of them
+        if training and self.anchor:
+            blocks = self.anchor.take()
+            self._note("blocks", blocks, real_tokens)
+            loss = loss + self.block_weight * blocks * processes / real_tokens
         if training and self.sparsity and self.coefficient:
             penalty = self.sparsity.take_penalty()
             self._note("penalty", penalty, real_tokens)

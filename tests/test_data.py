@@ -1,0 +1,105 @@
+"""Text and conversations to tokens, and which of them are scored."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_settings, tokenizer
+
+from moyu_train.data import Documents, hold_back, read_texts, tokenise
+from moyu_train.errors import MoyuError
+from moyu_train.pipeline import Run, run_stage
+from moyu_train.recipe import Recipe
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+UNSTABLE = "{% for m in messages %}{% if not loop.last %}old {% endif %}{{ m['content'] }}{% endfor %}"
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "bye"},
+    {"role": "assistant", "content": "see you"},
+]
+
+
+def chat(template: str = TEMPLATE) -> object:
+    made = tokenizer()
+    made.chat_template = template
+    return made
+
+
+def test_only_the_assistants_turns_are_scored() -> None:
+    documents = tokenise([TALK], chat(), "talk", 2)
+    assert documents.scored is not None
+    said = documents.tokens[0][documents.scored[0]]
+    assert chat().decode(said) == "hello</s>see you</s>"
+    assert chat().decode(documents.tokens[0]) == chat().apply_chat_template(TALK, tokenize=False)
+    labels = documents.packed_labels(8, seed=0)
+    assert labels.shape == documents.packed(8, seed=0).shape
+    assert ((labels == documents.packed(8, seed=0)) | (labels == -100)).all()
+    assert 0 < (labels == -100).sum() < labels.numel()
+
+
+def test_conversations_that_cannot_be_scored_are_refused() -> None:
+    with pytest.raises(MoyuError, match="tokenizer no chat template"):
+        tokenise([TALK], tokenizer(), "talk", 2)
+    with pytest.raises(MoyuError, match="writes turn 1 of a conversation in data 'talk' in another way"):
+        tokenise([TALK], chat(UNSTABLE), "talk", 2)
+    with pytest.raises(MoyuError, match="no turn of the role 'assistant'"):
+        tokenise([TALK[:1]], chat(), "talk", 2)
+
+
+def test_a_chat_recipe_trains_on_the_scored_tokens_alone(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model")) | {"predictor": None}
+    chat().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"messages": [{"role": "user", "content": f"say {i} " * 9}, *TALK[1:]]}) for i in range(40)]
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    settings["data"] |= {"train": str(tmp_path / "talk.jsonl")}
+    run = Run(Recipe.model_validate(settings))
+    run_stage(run, "calibrate")
+    assert run_stage(run, "finetune")["tokens"] == 1024
+    assert run.validation.scored is not None
+    assert len(run.validation.scored) == 2
+
+
+def test_a_limit_takes_pieces_worth_taking() -> None:
+    few, many = Documents([torch.arange(1000)] * 3), Documents([torch.arange(300) + i for i in range(100)])
+    assert [len(t) for t in few.first(900).tokens] == [300] * 3
+    taken = many.first(1000).tokens
+    assert sorted(len(t) for t in taken) == [232, 256, 256, 256]
+    starts = [int(t[0]) for t in taken]
+    assert starts == sorted(starts)
+    assert starts != list(range(4))
+    assert many.first(None) is many
+    short = Documents([torch.arange(20)] * 100)
+    assert short.first(200).total == 200
+
+
+def test_wikitext_is_split_into_articles_and_joined_as_in_papers(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.test.raw"
+    path.write_text(" \n = One = \n \n Some text . \n = = Part = = \n More . \n \n = Two = \n \n Other . \n")
+    articles = read_texts(str(path), "text")
+    assert articles == [
+        " = One = \n\n\n\n\n Some text . \n\n\n = = Part = = \n\n\n More . \n\n\n\n\n",
+        " = Two = \n\n\n\n\n Other . \n",
+    ]
+
+
+def test_shipped_passages_are_documents() -> None:
+    texts = read_texts("builtin:wikipedia-passages", "text")
+    assert len(texts) == len(set(texts)) == 2938
+    assert hashlib.sha256("\n".join(texts).encode()).hexdigest().startswith("c8a41bb7939968f3")
+
+
+def test_validation_keeps_whole_documents_and_their_turns() -> None:
+    documents = tokenise([TALK] * 5, chat(), "talk", 2)
+    first, last = hold_back(documents, 2, "talk")
+    assert (len(first.tokens), len(last.tokens)) == (3, 2)
+    assert first.scored is not None
+    assert last.scored is not None
+    assert (len(first.scored), len(last.scored)) == (3, 2)
+    assert documents.digest() != Documents(documents.tokens).digest()
