@@ -17,8 +17,10 @@ import yaml
 from peft import PeftConfig
 from tiny import save_tiny, tiny_settings
 
+from moyu_train.files import sha256
 from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import STAGES
+from moyu_train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = (
@@ -328,6 +330,7 @@ def test_a_rule_without_a_kernel_trains_and_is_called_simulated(tmp_path: Path) 
 def test_a_delta_rebuilds_the_model_and_a_control_is_reused(tmp_path: Path) -> None:
     recipe = prepare(tmp_path)
     options = ["--predictor", "null", "--bench", "null", "--finetune.lora", "{rank: 4}"]
+    options += ["--finetune.dtype", "bfloat16"]  # the trainer's autocast must not reach the merge
     moyu("run", str(recipe), *options)
     first = json.loads((tmp_path / "run" / "result.json").read_text())
     delta = tmp_path / "run" / "finetune" / "delta"
@@ -353,6 +356,15 @@ def test_a_delta_rebuilds_the_model_and_a_control_is_reused(tmp_path: Path) -> N
     third = [*options, "--run", str(tmp_path / "third"), "--delta", str(delta)]
     moyu("calibrate", str(recipe), *third)
     assert "missing, or changed since the delta was written" in moyu("finetune", str(recipe), *third, code=1).stderr
+
+
+def test_the_released_delta_is_whole() -> None:
+    recipe = load_recipe(str(ROOT / "recipes" / "smollm2-135m" / "released.yaml"))
+    folder = ROOT / recipe.delta
+    manifest = json.loads((folder / "delta.json").read_text())
+    for name, expected in manifest["files"].items():
+        assert sha256(folder / name) == expected
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25_000_000
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class BlockAnchor:
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._targets[layer] = _first(output).detach()
+            self._targets[layer] = first_tensor(output).detach()
 
         return hook
 
@@ -45,7 +45,7 @@ class BlockAnchor:
             target = self._targets[layer]
             if target is None or not torch.is_grad_enabled():
                 return
-            y, y0 = _first(output).float(), target.float()
+            y, y0 = first_tensor(output).float(), target.float()
             error = (y - y0).square().sum(-1) / (y0.square().sum(-1) + SMALL)
             term = (error.flatten() * self._real.flatten()).sum()
             if self._collecting:
@@ -73,6 +73,6 @@ class BlockAnchor:
             handle.remove()
 
 
-def _first(output: Any) -> Tensor:
+def first_tensor(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor

@@ -37,6 +37,8 @@ def save_delta(adapted: Any, thresholds: list[Tensor], ffn: str, folder: Path) -
     save_file(thresholds_to_tensors(thresholds), folder / STATE)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"peft_type": PEFT_TYPE, "base_model_name_or_path": None}
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # peft's is a set, in another order each time
     write_json(folder / CONFIG, config)
     write_json(
         folder / MANIFEST, {"files": {n: sha256(folder / n) for n in (CONFIG, WEIGHTS, STATE)}, "ffn_sha256": ffn}

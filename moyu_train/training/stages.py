@@ -165,6 +165,7 @@ def train(
     with PartialState().main_process_first():
         checkpoint = last_complete_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward computes in fp32 again
     log = [line for line in trainer.state.log_history if "loss" in line]
     thresholds = sparsity.sparsifier.thresholds if sparsity else []
     if asked_engine():
