@@ -57,11 +57,14 @@ STAGES = {
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
         Stage(
-            "finetune", "moyu_train.training.stages:finetune", ("calibrate-in-loop",), ("finetune", "penalty", "delta")
+            "finetune",
+            "moyu_train.training.finetune:finetune",
+            ("calibrate-in-loop",),
+            ("finetune", "penalty", "delta"),
         ),
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
         Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), "predictor"),
-        Stage("control", "moyu_train.training.stages:control", (), ("finetune", "control", "analyze"), "control"),
+        Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
         Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(

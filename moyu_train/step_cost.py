@@ -20,8 +20,8 @@ from moyu_train.progress import track
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.finetune import Windows, sparsity_on, training_windows
 from moyu_train.training.rule import calibrate_rule
-from moyu_train.training.stages import Windows, sparsity_on, training_windows
 from moyu_train.training.trainer import SparsityTrainer
 
 ROUNDS = 7

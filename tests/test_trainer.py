@@ -13,8 +13,8 @@ from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.finetune import Windows
 from moyu_train.training.losses import kl_sum, lm_sum
-from moyu_train.training.stages import Windows
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
 WINDOWS = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(0))

@@ -1,26 +1,15 @@
-"""The training stages of a recipe: calibrate, fit-predictors, calibrate-in-loop, finetune, recalibrate, control."""
+"""The stages around fine-tuning: calibrate, fit-predictors, calibrate-in-loop, refit-predictors, recalibrate."""
 
-import gc
-import json
-import math
-import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset
-from transformers import TrainingArguments
 
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.perplexity import score
-from moyu_train.files import write_json
-from moyu_train.models.blocks import activation_field, ffn_sha256
-from moyu_train.models.loading import check_memory, load_dense, training_bytes
+from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.loading import load_dense
 from moyu_train.models.state import (
     predictors_from_tensors,
     predictors_to_tensors,
@@ -28,28 +17,18 @@ from moyu_train.models.state import (
     thresholds_from_tensors,
     thresholds_to_tensors,
 )
-from moyu_train.penalties import PENALTIES
-from moyu_train.penalties.adaptive import AdaptiveCoefficient
-from moyu_train.penalties.scale import measure_scales
-from moyu_train.penalties.schedule import coefficient
 from moyu_train.predictors import PREDICTORS
-from moyu_train.recipe import Optimise, Recipe
+from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
-from moyu_train.training.control import SparsityControl
-from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.fit import PredictorTrainer
-from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.loop import calibrate_in_loop
-from moyu_train.training.lora import adapt, merge
 from moyu_train.training.rule import calibrate_rule
-from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
 STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
-SCALE_WINDOWS = 8  # of text to measure a penalty's scales on
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -61,19 +40,6 @@ def write(folder: Path, thresholds: list[Tensor], predictors: list[dict[str, Ten
 def read(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     tensors = load_file(folder / STATE)
     return thresholds_from_tensors(tensors), predictors_from_tensors(tensors)
-
-
-class Windows(Dataset):
-    """Packed windows int64 `[N, T]` as the Trainer takes them; `labels` as `Documents.packed_labels`, default all."""
-
-    def __init__(self, windows: Tensor, labels: Tensor | None = None) -> None:
-        self.windows, self.labels = windows, windows if labels is None else labels
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows[index], "labels": self.labels[index]}
 
 
 def sparsifier_of(recipe: Recipe, thresholds: list[Tensor]) -> Any:
@@ -90,111 +56,6 @@ def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     rule = calibrate_rule(model, cls, options, density, run.train, recipe.calibrate.tokens, passes=2)
     write(folder, rule.thresholds, [])
     return {"tokens": recipe.calibrate.tokens, "density": density}
-
-
-def training_windows(run: "Run", settings: Optimise) -> Tensor:
-    windows = run.train.packed(settings.window, run.recipe.seed)
-    wanted = settings.tokens // settings.window
-    if len(windows) < wanted:
-        raise MoyuError(
-            f"finetune.tokens {settings.tokens} is more than the training text holds ({len(windows) * settings.window} "
-            "tokens in full windows); lower it or give more text"
-        )
-    return windows[:wanted]
-
-
-def train(
-    run: "Run", folder: Path, settings: Optimise, learning_rate: float, sparsity: SparsityControl | None, model: Any
-) -> tuple[Any, list[dict[str, float]], dict[str, Any]]:
-    """Fine-tune `model`, resuming from the last complete checkpoint.
-
-    Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
-    """
-    parent = run.dense() if (settings.kl_weight or settings.block_weight) and sparsity else None
-    penalty = run.recipe.penalty if sparsity else None
-    processes = PartialState().num_processes
-    steps = settings.tokens // (settings.tokens_per_step * processes)
-    if steps == 0:
-        raise MoyuError(
-            f"finetune.tokens {settings.tokens} is less than one step on {processes} processes "
-            f"({settings.tokens_per_step * processes} tokens); raise it or lower finetune.batch"
-        )
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=settings.batch,
-        gradient_accumulation_steps=settings.accumulation,
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(settings.warmup * steps)),
-        weight_decay=settings.weight_decay,
-        bf16=settings.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=settings.activation_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.activation_checkpointing else None,
-        logging_steps=1,
-        save_steps=settings.save_steps,
-        save_total_limit=2,
-        seed=run.recipe.seed,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        average_tokens_across_devices=True,
-        report_to="none",
-    )
-    windows = training_windows(run, settings)
-    ffn = ffn_sha256(model) if settings.lora else ""
-    adapted = adapt(model, settings.lora) if settings.lora else model
-    coefficients: Callable[[float], float] | None = None
-    if penalty:
-        adaptive = sparsity.adaptive if sparsity else None
-        points = partial(coefficient, penalty.coefficient, penalty.interpolation)
-        coefficients = (lambda _: adaptive.value) if adaptive else points
-    trainer = SparsityTrainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=Windows(windows, run.train.packed_labels(settings.window, run.recipe.seed)[: len(windows)]),
-        sparsity=sparsity,
-        parent=parent,
-        kl_weight=settings.kl_weight if sparsity else 0.0,
-        lm_weight=settings.lm_weight if sparsity else 1.0,
-        kl_top_k=settings.kl_top_k,
-        block_weight=settings.block_weight if sparsity else 0.0,
-        coefficient=coefficients,
-    )
-    figures: dict[str, Any] = {"engine": check_engine(trainer)}
-    with PartialState().main_process_first():
-        checkpoint = last_complete_checkpoint(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # its forward computes in fp32 again
-    log = [line for line in trainer.state.log_history if "loss" in line]
-    thresholds = sparsity.sparsifier.thresholds if sparsity else []
-    if asked_engine():
-        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-        values = whole_parameters(adapted, trained)
-        leave_engine()
-        adapted, sparsity = (
-            _like(run, model, settings),
-            None,
-        )  # without the engine and the masks of the one that trained
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
-    if not settings.lora:
-        return adapted, log, figures
-    round_delta(adapted)
-    if thresholds and PartialState().is_main_process:
-        save_delta(adapted, thresholds, ffn, folder / "delta")
-    merged, moved = merge(adapted, sparsity, windows[0])
-    return merged, log, figures | moved
-
-
-def _like(run: "Run", model: Any, settings: Optimise) -> Any:
-    """A fresh dense model with the marker and the deltas that `model` has."""
-    fresh = run.dense()
-    name = activation_field(model.config)
-    setattr(fresh.config, name, getattr(model.config, name))
-    return adapt(fresh, settings.lora) if settings.lora else fresh
 
 
 def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
@@ -250,69 +111,6 @@ def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
     return _in_loop(run, folder, run.stage_folder("fit-predictors"), model)
 
 
-def _check_memory(run: "Run", parent: bool) -> None:
-    settings = run.recipe.finetune
-    needed = training_bytes(run.skeleton, settings.batch * settings.window, parent)
-    check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
-
-
-def sparsity_on(run: "Run", model: Any, sparsifier: Any, predictors: list[dict[str, Tensor]]) -> SparsityControl:
-    """The rule and predictors on `model`, and the recipe's penalty, scaled on the text and weights it starts from."""
-    recipe = run.recipe
-    penalty = adaptive = None
-    if recipe.penalty:
-        cls, options = resolve("penalty", recipe.penalty, PENALTIES)
-        windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
-        scales = measure_scales(model, getattr(options, "statistic", "contribution"), windows, sparsifier.rules)
-        penalty = cls(options, scales, sparsifier.rules, sparsifier.density)
-        if recipe.penalty.adaptive:
-            loop = recipe.penalty.adaptive
-            adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
-    return SparsityControl(model, sparsifier, 1 - recipe.target_sparsity, predictors, penalty, adaptive)
-
-
-def finetune(run: "Run", folder: Path) -> dict[str, Any]:
-    """Fine-tune under the very mask that the export decodes with: the rule and the predictors together.
-
-    The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
-    """
-    recipe, settings = run.recipe, run.recipe.finetune
-    _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0)
-    model = run.dense()
-    thresholds, predictors = read(run.before("finetune"))
-    sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)
-    if recipe.delta:
-        model, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
-        log: list[dict[str, float]] = []
-    else:
-        model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model)
-    sparsity.remove()
-    if PartialState().is_main_process:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        write(folder, sparsity.sparsifier.thresholds, predictors)
-        model.save_pretrained(folder / "model")
-        run.tokenizer.save_pretrained(folder / "model")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    figures = {
-        "tokens": len(log) * settings.tokens_per_step * PartialState().num_processes,
-        "processes": PartialState().num_processes,
-        "sparsity_target": recipe.target_sparsity,
-        "ffn_sha256": ffn_sha256(model),
-        **ran,
-    }
-    if log:
-        figures |= {"sparsity": log[-1]["sparsity"], "loss_first": log[0]["loss"], "loss_last": log[-1]["loss"]}
-    return figures
-
-
-def _rebuild(run: "Run", folder: Path, model: Any, sparsity: SparsityControl) -> tuple[Any, dict[str, float]]:
-    """The fine-tuned model from a delta; the rule gets the thresholds that it was trained under."""
-    adapted, thresholds = load_delta(model, ffn_sha256(model), folder)
-    sparsity.sparsifier.thresholds = thresholds
-    sparsity.sparsifier.advance(1.0)
-    return merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
-
-
 def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts again, with the fine-tuned model in the loop."""
     model = load_dense(run.stage_folder("finetune") / "model")
@@ -323,60 +121,3 @@ def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
 def _check_weights(run: "Run", stage: str, model: Any) -> None:
     if ffn_sha256(model) != run.figures(stage)["ffn_sha256"]:
         raise MoyuError(f"the predictors were fitted for other weights; run `moyu {stage}` again")
-
-
-def control(run: "Run", folder: Path) -> dict[str, Any]:
-    """The dense control: same data, order, tokens and optimizer, LM loss, no mask, best learning rate on validation."""
-    recipe, settings = run.recipe, run.recipe.finetune
-    assert recipe.control  # the pipeline runs this stage only with one
-    if recipe.control.reuse:
-        return _reuse_control(run)
-    _check_memory(run, parent=False)
-    tried: dict[str, float] = {}
-    for rate in recipe.control.learning_rates:
-        place = folder / f"lr-{rate:g}"
-        done = place / "validation.json"
-        if not done.is_file():
-            model = run.dense()
-            model, _, _ = train(run, place, settings, rate, None, model)
-            model.eval()
-            perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity
-            if PartialState().is_main_process:
-                model.save_pretrained(place / "model")
-                shutil.rmtree(place / "checkpoints", ignore_errors=True)
-                write_json(done, perplexity)
-            PartialState().wait_for_everyone()
-            del model
-            gc.collect()
-        tried[f"{rate:g}"] = json.loads(done.read_text())
-    finite = {rate: value for rate, value in tried.items() if math.isfinite(value)}
-    best = min(finite, key=lambda rate: finite[rate])
-    for name in tried:
-        if name != best:
-            shutil.rmtree(folder / f"lr-{name}" / "model", ignore_errors=True)
-    return {
-        "validation_perplexity": tried,
-        "best_learning_rate": best,
-        "model": f"lr-{best}/model",
-        "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step,
-    }
-
-
-def _reuse_control(run: "Run") -> dict[str, Any]:
-    """Another run's control, where text, model, training settings and learning rates are the same.
-
-    Raises: MoyuError where it is not finished or belongs to other settings.
-    """
-    asked = run.recipe.control
-    assert asked
-    folder = Path(asked.reuse)
-    alike = run.recipe.model_copy(update={"control": asked.model_copy(update={"reuse": ""})})
-    key = run.key_of("control", alike)
-    path = folder / "control" / "stage.json"
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if record.get("key") != key:
-        raise MoyuError(
-            f"control.reuse {str(folder)!r} holds no finished control of the same model, text, training settings and "
-            "learning rates; run `moyu control` there with them, or leave control.reuse empty"
-        )
-    return {**record["figures"], "model": str((folder / "control" / record["figures"]["model"]).resolve())}
