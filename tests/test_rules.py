@@ -167,3 +167,11 @@ def test_straight_through_gradients_reach_dropped_neurons(straight_through: bool
 def test_unknown_rules_are_refused() -> None:
     with pytest.raises(ValueError, match="rule 'selu' is unknown; known: stock, threshold"):
         Rule(torch.zeros(4), gate="selu")
+
+
+def test_blocks_that_share_an_activation_are_refused() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.act_fn = model.model.layers[0].mlp.act_fn
+    with pytest.raises(MoyuError, match="share one activation module"):
+        calibrated("gate_threshold", model)
+    calibrated("threshold", model)

@@ -9,6 +9,7 @@ from moyu_kernels.rules import Rule, Substitution
 from moyu_kernels.seam import ExpertsSeam, Seam
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock
 
 # keep(layer, a, expert) -> bool mask of a's shape, or None to leave `a` as it is. a is [..., F].
@@ -38,6 +39,12 @@ class Masking:
     ) -> None:
         self._blocks, self._inputs, self._gates = blocks, dict[int, Tensor](), dict[int, Tensor]()
         self._rules, self._straight_through = rules, straight_through
+        at_gate = gates or any(rule.gate != "stock" for rule in rules or [])
+        if at_gate and len({id(block.activation()) for block in blocks}) < len(blocks):
+            raise MoyuError(
+                "the FFN blocks of this model share one activation module, so a rule on the gate cannot tell them "
+                "apart; use the sparsifier 'threshold' or 'topk'"
+            )
         self._seams: list[Seam | ExpertsSeam | Substitution] = []
         for layer, block in enumerate(blocks):
             if inputs:

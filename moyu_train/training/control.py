@@ -89,16 +89,15 @@ class SparsityControl(TrainerCallback):
 
     def _count(self, layer: int, rule: Tensor, selected: Tensor | None, keep: Tensor, expert: int | None) -> None:
         """Masks of one forward, bool `[..., F]`; selected is None where there is no predictor, so that all are."""
-        tokens = keep.numel() // keep.shape[-1]
+        seen = torch.tensor(keep.numel(), device=keep.device)
         # An expert sees some of the tokens and does not say which: padding counts there.
         if self._real is not None and expert is None:
             real = self._real.view(*keep.shape[:-1], 1)
-            tokens, keep = int(real.sum()), keep & real
+            seen, keep = real.count_nonzero() * keep.shape[-1], keep & real
             rule, selected = (keep if selected is None else rule & real), None if selected is None else selected & real
-        seen = tokens * keep.shape[-1]
-        ruled = int(rule.count_nonzero())
-        kept, chosen = (ruled, seen) if selected is None else (int(m.count_nonzero()) for m in (keep, selected))
-        self._counts[layer] += torch.tensor([ruled, chosen, kept, seen], dtype=torch.float64)
+        ruled = rule.count_nonzero()
+        kept, chosen = (ruled, seen) if selected is None else (keep.count_nonzero(), selected.count_nonzero())
+        self._counts[layer] += torch.stack([ruled, chosen, kept, seen]).to(self._counts)
         self.health.note(layer, keep, expert)
 
     @contextmanager
@@ -131,19 +130,18 @@ class SparsityControl(TrainerCallback):
         ]
         if self.penalty is not None:
             self.penalty.scales = [scale.to(args.device) for scale in self.penalty.scales]
+        self._counts = self._counts.to(args.device)
+        self.health.to(args.device)
         self.sparsifier.advance(state.global_step / max(state.max_steps, 1))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        counts = self._counts
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            counts = counts.to(args.device)
-            torch.distributed.all_reduce(counts)
-            self._counts = counts.cpu()
+            torch.distributed.all_reduce(self._counts)
         tokens = int(self._counts[0, 3].item() / self.blocks[0].neurons)
         kept = self.take_density()
-        self.health.step(tokens, args.device)
+        self.health.step(tokens)
         self.health.check(self.density[:, 0].tolist(), self.sparsifier.thresholds, state.global_step)
         progress = (state.global_step + 1) / max(state.max_steps, 1)
         if self.adaptive:
@@ -154,8 +152,8 @@ class SparsityControl(TrainerCallback):
 
     def take_density(self) -> float:
         """Of all that was counted since the last call: sets `density` per layer, and returns the rule's mean."""
-        self.density = self._counts[:, :3] / self._counts[:, 3:].clamp_min(1)
-        self._counts = self._zeros()
+        self.density = (self._counts[:, :3] / self._counts[:, 3:].clamp_min(1)).cpu()
+        self._counts = torch.zeros_like(self._counts)
         return self.density[:, 0].mean().item()
 
     def metrics(self) -> dict[str, float]:

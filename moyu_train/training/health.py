@@ -22,19 +22,24 @@ class Health:
         self._first = [threshold.mean().item() for threshold in thresholds]
         self._active = [torch.zeros_like(threshold, dtype=torch.bool) for threshold in thresholds]
 
+    def to(self, device: torch.device) -> None:
+        """Where the model trains, so that no layer of its forward waits for a copy."""
+        self.silent = [silent.to(device) for silent in self.silent]
+        self._active = [active.to(device) for active in self._active]
+
     def note(self, layer: int, keep: Tensor, expert: int | None) -> None:
         """Within a step: keep bool `[..., F]`."""
         active = self._active[layer] if expert is None else self._active[layer][expert]
         active |= keep.reshape(-1, keep.shape[-1]).any(0).to(active.device)
 
-    def step(self, tokens: int, device: torch.device) -> None:
+    def step(self, tokens: int) -> None:
         """At the end of an optimizer step of `tokens` tokens, over all processes."""
         for silent, active in zip(self.silent, self._active, strict=True):
-            flags = active.to(device, torch.uint8)
+            flags = active.to(torch.uint8)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             silent += tokens
-            silent[flags.bool().to(silent.device)] = 0
+            silent[flags.bool()] = 0
             active.zero_()
 
     def check(self, density: list[float], thresholds: list[Tensor], step: int) -> None:
