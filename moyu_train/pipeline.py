@@ -65,7 +65,7 @@ STAGES = {
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
         Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), "predictor"),
         Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
-        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",)),
+        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",), ("export",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(
             "evaluate",

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny, tiny_settings
 
-from moyu_train.recipe import RecipeError, load_recipe
+from moyu_train.pipeline import Run
+from moyu_train.recipe import Recipe, RecipeError, load_recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 
@@ -92,3 +94,11 @@ def test_help_and_recipe_errors_need_no_torch(tmp_path: Path, arguments: list[st
         seconds.append(time.monotonic() - started)
         assert result.returncode == 0, result.stderr
     assert "usage" in result.stdout or "did you mean 'finetune'" in result.stderr
+
+
+def test_the_export_depends_on_its_dtype_with_and_without_predictors(tmp_path: Path) -> None:
+    for predictor in ({"name": "lowbit"}, None):
+        settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model")) | {"predictor": predictor}
+        recipes = [Recipe.model_validate(settings | {"export": {"dtype": dtype}}) for dtype in ("float32", "float16")]
+        keys = {Run(recipe).key("export") for recipe in recipes}
+        assert len(keys) == 2, predictor
