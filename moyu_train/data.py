@@ -177,6 +177,12 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) ->
             "model with one"
         )
 
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise MoyuError(
+                f"data {source!r} has a conversation with the turn {message!r}; each needs a role and a content"
+            )
+
     def tokens(count: int, prompt: bool) -> list[int]:
         ids = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
         return list(ids)

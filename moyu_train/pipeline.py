@@ -29,6 +29,7 @@ from moyu_train.progress import console
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
@@ -40,7 +41,7 @@ class Stage:
     function: str  # module:function, called with (run, folder), returns figures
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
-    section: str = ""  # runs only where the recipe has this one
+    only_with: str = ""  # a section that may be null: then the stage is left out
 
 
 STAGES = {
@@ -122,10 +123,11 @@ class Run:
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
         cls.check(blocks)
         rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
-        if self.recipe.bench and not rule.native:
+        if not rule.native and (self.recipe.bench or self.recipe.predictor):
             raise MoyuError(
-                f"sparsifier {cls.name!r} has no kernel yet, so its speed cannot be measured: train and "
-                "evaluate it with bench: null (--bench null), or use the sparsifier 'threshold' or 'relu'"
+                f"sparsifier {cls.name!r} has no kernel yet, so there is nothing that a predictor could skip and no "
+                "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or the "
+                "sparsifier 'threshold' or 'relu'"
             )
         if self.recipe.predictor is None:
             return
@@ -180,7 +182,7 @@ class Run:
     @property
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [s.name for s in STAGES.values() if not s.section or getattr(self.recipe, s.section) is not None]
+        return [s.name for s in STAGES.values() if not s.only_with or getattr(self.recipe, s.only_with) is not None]
 
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""
@@ -199,6 +201,8 @@ class Run:
     def key_of(self, name: str, recipe: Recipe) -> str:
         """The key that a stage would have with another recipe on the same model and text."""
         parts = [__version__, name, self.inputs_digest, recipe.digest(*KEEP, *STAGES[name].sections)]
+        if recipe.delta and "delta" in STAGES[name].sections and (Path(recipe.delta) / MANIFEST).is_file():
+            parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
         parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -230,7 +234,7 @@ class Run:
 def run_stage(run: Run, name: str) -> dict[str, Any]:
     """Run one stage, or reuse it where it is finished; returns its figures."""
     if name not in run.stages:
-        raise MoyuError(f"stage {name!r} is not part of this recipe, which has {STAGES[name].section}: null")
+        raise MoyuError(f"stage {name!r} is not part of this recipe, which has {STAGES[name].only_with}: null")
     for need in run.needs(name):
         run.figures(need)
     record = run.finished(name)

@@ -54,12 +54,13 @@ class Stepper:
             tokens = recipe.calibrate.tokens
             rule = calibrate_rule(model, cls, options, 1 - recipe.target_sparsity, run.train, tokens, passes=1)
             sparsity = sparsity_on(run, model, rule, [])
-            sparsity.sparsifier.advance(1.0)
             value = recipe.penalty.coefficient[-1][1] if recipe.penalty else 0.0
             coefficient = (lambda progress: value) if recipe.penalty else None
             self.trainer = SparsityTrainer(
                 **common, sparsity=sparsity, parent=None, kl_weight=0.0, lm_weight=1.0, coefficient=coefficient
             )
+            sparsity.on_train_begin(arguments, self.trainer.state, self.trainer.control)  # state to the model's device
+            sparsity.sparsifier.advance(1.0)
         self.trainer.create_optimizer()
         self.trainer.state.max_steps = 100
         self.done = 0

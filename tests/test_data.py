@@ -49,6 +49,8 @@ def test_conversations_that_cannot_be_scored_are_refused() -> None:
         tokenise([TALK], tokenizer(), "talk", 2)
     with pytest.raises(MoyuError, match="writes turn 1 of a conversation in data 'talk' in another way"):
         tokenise([TALK], chat(UNSTABLE), "talk", 2)
+    with pytest.raises(MoyuError, match="each needs a role and a content"):
+        tokenise([[{"role": "user"}]], chat(), "talk", 2)
     with pytest.raises(MoyuError, match="no turn of the role 'assistant'"):
         tokenise([TALK[:1]], chat(), "talk", 2)
 

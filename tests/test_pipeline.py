@@ -307,7 +307,8 @@ def test_step_cost_compares_with_the_plain_trainer(tmp_path: Path) -> None:
 
 def test_a_rule_without_a_kernel_trains_and_is_called_simulated(tmp_path: Path) -> None:
     recipe = prepare(tmp_path)
-    assert "has no kernel yet" in moyu("run", str(recipe), "--sparsifier", "{name: topk}", code=1).stderr
+    for left in (["--bench", "null"], ["--predictor", "null"]):
+        assert "has no kernel yet" in moyu("run", str(recipe), "--sparsifier", "{name: topk}", *left, code=1).stderr
     options = ["--sparsifier", "{name: topk}", "--predictor", "null", "--bench", "null"]
     out = moyu("run", str(recipe), *options)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -352,8 +353,12 @@ def test_a_delta_rebuilds_the_model_and_a_control_is_reused(tmp_path: Path) -> N
         PeftConfig.from_pretrained(delta)
     other = moyu("control", str(recipe), *again, "--finetune.weight_decay", "0.1", code=1)
     assert "holds no finished control of the same model" in other.stderr
-    (delta / "moyu.safetensors").write_bytes(b"x")
+    assert json.loads((tmp_path / "again" / "finetune" / "stage.json").read_text())["figures"]["tokens"] == 1024
     third = [*options, "--run", str(tmp_path / "third"), "--delta", str(delta)]
+    moyu("calibrate", str(recipe), *third, "--target_sparsity", "0.6")
+    other = moyu("finetune", str(recipe), *third, "--target_sparsity", "0.6", code=1)
+    assert "and the recipe asks for" in other.stderr
+    (delta / "moyu.safetensors").write_bytes(b"x")
     moyu("calibrate", str(recipe), *third)
     assert "missing, or changed since the delta was written" in moyu("finetune", str(recipe), *third, code=1).stderr
 

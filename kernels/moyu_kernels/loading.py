@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .ops.ffn.naive import PREDICTORS
-from .rules import Rule, RuleSeam
+from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
 
@@ -223,11 +223,10 @@ def _install(
     names = {"act": block.get("act", ""), "up": block["up"], "down": block["down"]}
     if mode == "dense":
         if rule.substitutes:
-            RuleSeam(module, names, layout, rule, masked=False)
+            simulate(module, names, layout, rule, masked=False)
         return
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
-    rule.threshold = rule.threshold.to(next(module.parameters()).device)
-    RuleSeam(module, names, layout, rule, masked=True)
+    simulate(module, names, layout, rule, masked=True)
 
 
 @torch.no_grad()

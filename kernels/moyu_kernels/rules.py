@@ -7,7 +7,7 @@ here are its definition; where an op computes the same, `loading` uses that.
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class Rule:
     def stock_activation(self) -> str | None:
         """transformers' name of the activation under which stock code computes exactly this; None where none does."""
         plain = self.up == "stock" and self.keep == "nonzero" and not self.threshold.any()
-        return {"relu": "relu", "fatrelu": "relu", "relu2": "relu2"}.get(self.gate) if plain else None
+        return {"relu": "relu", "relu2": "relu2"}.get(self.gate) if plain else None
 
     @property
     def native(self) -> bool:
@@ -80,7 +80,7 @@ class Rule:
         return self._blend(stock, self._gate(g, stock, act))
 
     def _gate(self, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        theta = self.threshold
+        theta = self.threshold.to(g.device)
         if self.gate == "threshold":
             return torch.where(stock.abs() >= theta, stock, 0.0)
         if self.gate == "relu":
@@ -105,7 +105,7 @@ class Rule:
         """Which neurons of `a` `[..., F]` are kept, bool of its shape."""
         if self.keep == "nonzero":
             return a != 0
-        threshold = self.threshold if expert is None else self.threshold[expert]
+        threshold = (self.threshold if expert is None else self.threshold[expert]).to(a.device)
         if self.keep == "threshold":
             return a.abs() >= threshold
         ratio = a.detach().abs() / threshold
@@ -145,24 +145,13 @@ class Substitution:
         self._seams.clear()
 
 
-class RuleSeam:
-    """A whole rule on a live block in plain PyTorch: a dense matmul, then a mask. Skips nothing ("simulated")."""
+def simulate(block: Any, names: dict[str, str], layout: str, rule: Rule, masked: bool) -> None:
+    """Put a whole rule on a live block for good, in plain PyTorch: a dense matmul, then a mask. Skips nothing.
 
-    def __init__(self, block: Any, names: dict[str, str], layout: str, rule: Rule, masked: bool) -> None:
-        self._parts: list[Any] = [Substitution(block, names["act"], names["up"], rule)]
-        if not masked:
-            return
-        if layout == "experts":
-            self._parts.append(ExpertsSeam(block, lambda a, expert: torch.where(rule.mask(a, expert), a, 0.0)))
-        else:
-            self._parts.append(Seam(block, names["down"], lambda a: torch.where(rule.mask(a), a, 0.0)))
-
-    def remove(self) -> None:
-        for part in self._parts:
-            part.remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+    Args: names: attributes of `block` that hold its "act", "up" and "down"; masked: False only substitutes gate and up.
+    """
+    Substitution(block, names["act"], names["up"], rule)
+    if masked and layout == "experts":
+        ExpertsSeam(block, lambda a, expert: torch.where(rule.mask(a, expert), a, 0.0))
+    elif masked:
+        Seam(block, names["down"], lambda a: torch.where(rule.mask(a), a, 0.0))

@@ -55,8 +55,8 @@ class SparsityControl(TrainerCallback):
         self.health = Health(self.blocks, sparsifier.thresholds)
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
-        set_marker(model.config, sparsifier.name)
         sparsifier.check(self.blocks)
+        set_marker(model.config, sparsifier.name)
         sparsifier.advance(0.0)
         self._masking = Masking(
             self.blocks,

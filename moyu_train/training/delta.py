@@ -28,8 +28,14 @@ def round_delta(adapted: Any) -> None:
             parameter.copy_(parameter.half())
 
 
-def save_delta(adapted: Any, thresholds: list[Tensor], ffn: str, folder: Path) -> None:
-    """Args: adapted: after `round_delta`; ffn: SHA-256 of the FFN weights that it belongs to."""
+def save_delta(
+    adapted: Any, thresholds: list[Tensor], ffn: str, trained: dict[str, Any], tokens: int, folder: Path
+) -> None:
+    """Write a delta.
+
+    Args: adapted: after `round_delta`; ffn: SHA-256 of the FFN weights that it belongs to; trained: the rule that it
+        was trained under, as data; tokens: of its training.
+    """
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     tensors = load_file(folder / WEIGHTS)
@@ -40,16 +46,15 @@ def save_delta(adapted: Any, thresholds: list[Tensor], ffn: str, folder: Path) -
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()  # peft's is a set, in another order each time
     write_json(folder / CONFIG, config)
-    write_json(
-        folder / MANIFEST, {"files": {n: sha256(folder / n) for n in (CONFIG, WEIGHTS, STATE)}, "ffn_sha256": ffn}
-    )
+    files = {name: sha256(folder / name) for name in (CONFIG, WEIGHTS, STATE)}
+    write_json(folder / MANIFEST, {"files": files, "ffn_sha256": ffn, "trained": trained, "tokens": tokens})
 
 
-def load_delta(model: Any, ffn: str, folder: Path) -> tuple[Any, list[Tensor]]:
-    """The dense model with the delta on it, and the thresholds.
+def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> tuple[Any, list[Tensor], int]:
+    """The dense model with the delta on it, the thresholds, and the tokens that the delta was trained on.
 
-    Args: ffn: SHA-256 of the model's FFN weights.
-    Raises: MoyuError where a file is missing or changed, or the delta belongs to other weights.
+    Args: ffn: SHA-256 of the model's FFN weights; trained: the rule of this recipe, as `save_delta` took it.
+    Raises: MoyuError where a file is missing or changed, or the delta belongs to other weights or another rule.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
@@ -66,6 +71,11 @@ def load_delta(model: Any, ffn: str, folder: Path) -> tuple[Any, list[Tensor]]:
             f"delta {str(folder)!r} belongs to other weights (FFN SHA-256 {manifest['ffn_sha256'][:12]}…, this "
             f"model has {ffn[:12]}…); set `model` to the one that it was trained on"
         )
+    if manifest["trained"] != trained:
+        raise MoyuError(
+            f"delta {str(folder)!r} was trained under {manifest['trained']}, and the recipe asks for {trained}; set "
+            "sparsifier and target_sparsity to the delta's"
+        )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     names = ("r", "lora_alpha", "target_modules")
     adapted = get_peft_model(model, LoraConfig(**{name: config[name] for name in names}))
@@ -75,4 +85,4 @@ def load_delta(model: Any, ffn: str, folder: Path) -> tuple[Any, list[Tensor]]:
         raise MoyuError(
             f"{folder / WEIGHTS} holds matrices that the model has no place for: {found.unexpected_keys[:3]}"
         )
-    return adapted, thresholds_from_tensors(load_file(folder / STATE))
+    return adapted, thresholds_from_tensors(load_file(folder / STATE)), manifest["tokens"]

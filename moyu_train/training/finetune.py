@@ -24,8 +24,9 @@ from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.penalties.schedule import coefficient
-from moyu_train.recipe import Optimise
+from moyu_train.recipe import Optimise, Recipe
 from moyu_train.registry import resolve
+from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
@@ -132,10 +133,7 @@ def train(
         trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
         values = whole_parameters(adapted, trained)
         leave_engine()
-        adapted, sparsity = (
-            _like(run, model, settings),
-            None,
-        )  # without the engine and the masks of the one that trained
+        adapted, sparsity = _like(run, model, settings), None  # no engine, and not the masks of the one that trained
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
                 if name in values:
@@ -144,7 +142,8 @@ def train(
         return adapted, log, figures
     round_delta(adapted)
     if thresholds and PartialState().is_main_process:
-        save_delta(adapted, thresholds, ffn, folder / "delta")
+        tokens = steps * settings.tokens_per_step * processes
+        save_delta(adapted, thresholds, ffn, _trained_under(run.recipe), tokens, folder / "delta")
     merged, moved = merge(adapted, sparsity, windows[0])
     return merged, log, figures | moved
 
@@ -155,6 +154,13 @@ def _like(run: "Run", model: Any, settings: Optimise) -> Any:
     name = activation_field(model.config)
     setattr(fresh.config, name, getattr(model.config, name))
     return adapt(fresh, settings.lora) if settings.lora else fresh
+
+
+def _trained_under(recipe: Recipe) -> dict[str, Any]:
+    """The rule of a recipe as data, to tell whether a delta belongs to it."""
+    _, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    rule = {"name": recipe.sparsifier.name, **options.model_dump(mode="json")}
+    return {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
 
 
 def _check_memory(run: "Run", parent: bool) -> None:
@@ -189,10 +195,11 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     thresholds, predictors = read(run.before("finetune"))
     sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)
     if recipe.delta:
-        model, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
+        model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
         log: list[dict[str, float]] = []
     else:
         model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model)
+        tokens = len(log) * settings.tokens_per_step * PartialState().num_processes
     sparsity.remove()
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -201,7 +208,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         run.tokenizer.save_pretrained(folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     figures = {
-        "tokens": len(log) * settings.tokens_per_step * PartialState().num_processes,
+        "tokens": tokens,
         "processes": PartialState().num_processes,
         "sparsity_target": recipe.target_sparsity,
         "ffn_sha256": ffn_sha256(model),
@@ -212,12 +219,13 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     return figures
 
 
-def _rebuild(run: "Run", folder: Path, model: Any, sparsity: SparsityControl) -> tuple[Any, dict[str, float]]:
-    """The fine-tuned model from a delta; the rule gets the thresholds that it was trained under."""
-    adapted, thresholds = load_delta(model, ffn_sha256(model), folder)
+def _rebuild(run: "Run", folder: Path, model: Any, sparsity: SparsityControl) -> tuple[Any, int, dict[str, float]]:
+    """The fine-tuned model from a delta, and the tokens of its training; the rule gets the delta's thresholds."""
+    adapted, thresholds, tokens = load_delta(model, ffn_sha256(model), _trained_under(run.recipe), folder)
     sparsity.sparsifier.thresholds = thresholds
     sparsity.sparsifier.advance(1.0)
-    return merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
+    merged, moved = merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
+    return merged, tokens, moved
 
 
 def control(run: "Run", folder: Path) -> dict[str, Any]:

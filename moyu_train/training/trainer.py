@@ -18,6 +18,7 @@ from moyu_train.files import write_json
 from moyu_train.training.anchor import BlockAnchor
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.health import where_not_finite
+from moyu_train.training.launch import asked_engine
 from moyu_train.training.losses import kl_sum, lm_sum
 
 COMPLETE = "moyu_complete.json"
@@ -138,8 +139,9 @@ class SparsityTrainer(Trainer):
             weight = self.coefficient(self.state.global_step / self.state.max_steps)
             loss = loss + weight * penalty * processes / real_tokens
         if not torch.isfinite(loss):
-            bare = self.accelerator.unwrap_model(model)
-            where = where_not_finite(bare, self.sparsity.blocks, tensors) if self.sparsity else "there is no mask"
+            where = "where is not looked for"  # a forward of shared-out weights would wait for the other processes
+            if self.sparsity and not asked_engine():
+                where = where_not_finite(self.accelerator.unwrap_model(model), self.sparsity.blocks, tensors)
             raise MoyuError(
                 f"the loss is {loss.item()} at step {self.state.global_step} ({where}); the last good checkpoint is "
                 "kept, lower finetune.learning_rate or use finetune.dtype float32"
