@@ -135,7 +135,8 @@ def mutate(trainer: SparsityTrainer, mutant: str) -> None:
 
 def zero(stage: int) -> dict[str, Any]:
     return {
-        "zero_optimization": {"stage": stage},
+        # 0: share out every parameter, which by default these are all too small for
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "zero_allow_untested_optimizer": True,
