@@ -62,6 +62,8 @@ class Stepper:
             sparsity.on_train_begin(arguments, self.trainer.state, self.trainer.control)  # state to the model's device
             sparsity.sparsifier.advance(1.0)
         self.trainer.create_optimizer()
+        # As Trainer.train does it; without this, `bf16` is not in force.
+        self.trainer.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.trainer.state.max_steps = 100
         self.done = 0
 

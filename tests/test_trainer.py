@@ -14,7 +14,7 @@ from moyu_train.models.loading import load_dense
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.finetune import Windows
-from moyu_train.training.losses import kl_sum, lm_sum
+from moyu_train.training.losses import Weights, token_loss
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
 WINDOWS = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -55,16 +55,36 @@ def weights(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
 
-def test_losses_are_sums_over_the_scored_tokens() -> None:
+@pytest.mark.parametrize("top_k", [None, 3, 99])
+def test_token_loss_and_its_gradient_are_those_of_the_formulas(top_k: int | None) -> None:
     g = torch.Generator().manual_seed(0)
-    logits, parent = torch.randn(2, 700, 11, generator=g), torch.randn(2, 700, 11, generator=g)
+    logits, parent = torch.randn(2, 700, 11, generator=g).requires_grad_(), torch.randn(2, 700, 11, generator=g) * 2
     labels = torch.randint(0, 11, (2, 700), generator=g)
     labels[0, 300:] = -100
     keep = labels[:, 1:] != -100
-    log_q, log_p = logits[:, :-1].log_softmax(-1)[keep], parent[:, :-1].log_softmax(-1)[keep]
-    torch.testing.assert_close(kl_sum(logits, parent, labels), (log_p.exp() * (log_p - log_q)).sum())
-    picked = log_q.gather(-1, labels[:, 1:][keep][:, None])
-    torch.testing.assert_close(lm_sum(logits, labels), -picked.sum())
+    q, p = logits[:, :-1].softmax(-1)[keep], parent[:, :-1].softmax(-1)[keep]
+    lm = -q.log().gather(-1, labels[:, 1:][keep][:, None]).sum()
+    if top_k == 3:
+        places = p.argsort(-1, descending=True)[:, :3]
+        top_p, top_q = p.gather(-1, places), q.gather(-1, places)
+        p, q = (torch.cat([top, 1 - top.sum(-1, keepdim=True)], -1) for top in (top_p, top_q))
+    kl = (p * (p / q).log()).sum()
+    (expected,) = torch.autograd.grad((2.0 * kl + 0.5 * lm) * 3.0, logits)
+
+    loss, parts = token_loss(logits, labels, Weights(2.0, 0.5, top_k), parent)
+    torch.testing.assert_close(parts, torch.stack([kl, lm]).detach())
+    torch.testing.assert_close(loss, 2.0 * kl + 0.5 * lm)
+    torch.testing.assert_close(torch.autograd.grad(loss * 3.0, logits)[0], expected)
+
+
+def test_token_loss_without_a_parent_is_the_cross_entropy() -> None:
+    logits = torch.randn(2, 50, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.randint(0, 11, (2, 50))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    loss, _ = token_loss(logits, labels, Weights(0.0, 1.0))
+    torch.testing.assert_close(loss, expected)
+    for mine, theirs in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize(
@@ -312,21 +332,6 @@ def test_sparsify_works_with_a_plain_trainer(tmp_path: Path) -> None:
     masked = model(WINDOWS[:1]).logits
     control.remove()
     assert not torch.allclose(model(WINDOWS[:1]).logits, masked)
-
-
-def test_kl_over_the_likeliest_tokens_lumps_the_rest_together() -> None:
-    g = torch.Generator().manual_seed(0)
-    logits, parent = torch.randn(1, 9, 11, generator=g), torch.randn(1, 9, 11, generator=g) * 2
-    labels = torch.randint(0, 11, (1, 9), generator=g)
-    p, q = parent[0, :-1].softmax(-1), logits[0, :-1].softmax(-1)
-    expected = 0.0
-    for row_p, row_q in zip(p, q, strict=True):
-        top = row_p.argsort(descending=True)[:3]
-        pairs = [(row_p[i], row_q[i]) for i in top] + [(1 - row_p[top].sum(), 1 - row_q[top].sum())]
-        expected += sum((a * (a / b).log()).item() for a, b in pairs)
-    assert kl_sum(logits, parent, labels, top_k=3).item() == pytest.approx(expected, rel=1e-4)
-    assert kl_sum(logits, parent, labels, top_k=3) < kl_sum(logits, parent, labels)
-    torch.testing.assert_close(kl_sum(logits, parent, labels, top_k=99), kl_sum(logits, parent, labels))
 
 
 def anchored(folder: Path, batch: int, accumulation: int, **options: Any) -> Any:

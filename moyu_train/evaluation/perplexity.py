@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 
 from moyu_train.data import Documents
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
-from moyu_train.training.losses import CHUNK
+from moyu_train.training.losses import Weights, token_loss
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ def score(model: Any, documents: Documents, window: int, what: str, limit: int |
     documents = documents.first(limit)
     nll, tokens = [0.0] * len(documents.tokens), [0] * len(documents.tokens)
     for document, ids in track(documents.windows(window), what):
-        logits = model(input_ids=ids[None].to(device_of(model)), use_cache=False).logits[0, :-1]
-        for rows, targets in zip(logits.split(CHUNK), ids[1:].split(CHUNK), strict=True):
-            nll[document] += functional.cross_entropy(rows.float(), targets.to(rows.device), reduction="sum").item()
-        tokens[document] += len(ids) - 1
+        ids = ids[None].to(device_of(model))
+        logits = model(input_ids=ids, use_cache=False).logits
+        nll[document] += token_loss(logits, ids, Weights(kl=0.0, lm=1.0))[0].item()
+        tokens[document] += ids.shape[1] - 1
     return Scores(nll, tokens)
 
 

@@ -19,7 +19,7 @@ from moyu_train.training.anchor import BlockAnchor
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.health import where_not_finite
 from moyu_train.training.launch import asked_engine
-from moyu_train.training.losses import kl_sum, lm_sum
+from moyu_train.training.losses import Weights, token_loss
 
 COMPLETE = "moyu_complete.json"
 
@@ -51,7 +51,7 @@ class SparsityTrainer(Trainer):
     Args:
         sparsity: the mask's owner, or None for a dense run (the dense control).
         parent: the dense model, only read; None where kl_weight and block_weight are 0.
-        kl_top_k: of the parent's distribution only so many tokens (losses.kl_sum); None: all.
+        kl_top_k: of the parent's distribution only so many tokens (losses.kl_target); None: all.
         block_weight: of the FFN blocks' relative output error (training/anchor.py).
         coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done; None without one.
     """
@@ -72,8 +72,8 @@ class SparsityTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the step's scored tokens over all ranks
-        self.sparsity, self.kl_weight, self.lm_weight, self.coefficient = sparsity, kl_weight, lm_weight, coefficient
-        self.kl_top_k, self.block_weight = kl_top_k, block_weight
+        self.sparsity, self.coefficient, self.block_weight = sparsity, coefficient, block_weight
+        self.weights = Weights(kl_weight, lm_weight, kl_top_k)
         self._real_tokens = torch.ones(())
         if (coefficient is None) != (sparsity is None or sparsity.penalty is None):
             raise ValueError("a penalty and its coefficient belong together: give both, or neither")
@@ -82,7 +82,10 @@ class SparsityTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would run DataParallel, whose copies the masks do not reach; "
                 "start one process per GPU with `accelerate launch`"
             )
-        self.parent = parent.eval().requires_grad_(False).to(self.args.device) if parent is not None else None
+        if parent is not None:
+            dtype = torch.bfloat16 if self.args.bf16 else None  # computes as the student does, and holds no more
+            parent = parent.eval().requires_grad_(False).to(self.args.device, dtype)
+        self.parent = parent
         self.anchor = BlockAnchor(self.model, self.parent) if block_weight and self.parent is not None else None
         self._parts: dict[str, float] = {}
         if sparsity is not None:
@@ -103,7 +106,7 @@ class SparsityTrainer(Trainer):
         training = model.training
         real = inputs.get("attention_mask")
         parent = None
-        if self.parent is not None and (self.kl_weight or (training and self.anchor)):
+        if self.parent is not None and (self.weights.kl or (training and self.anchor)):
             with torch.no_grad():
                 parent = self.parent(**tensors, use_cache=False).logits
         with contextlib.ExitStack() as arms:
@@ -117,15 +120,11 @@ class SparsityTrainer(Trainer):
         else:
             tokens, real_tokens = num_items_in_batch, self._real_tokens
             processes = self.accelerator.num_processes
-        loss = outputs.logits.new_zeros((), dtype=torch.float32)
-        if self.kl_weight and parent is not None:
-            kl = kl_sum(outputs.logits, parent, labels, self.kl_top_k)
+        loss, (kl, lm) = token_loss(outputs.logits, labels, self.weights, parent)
+        if self.weights.kl and parent is not None:
             self._note("kl", kl, tokens)
-            loss = loss + self.kl_weight * kl
-        if self.lm_weight:
-            lm = lm_sum(outputs.logits, labels)
+        if self.weights.lm:
             self._note("lm", lm, tokens)
-            loss = loss + self.lm_weight * lm
         loss = (
             loss * processes / max(tokens, 1)
         )  # DDP averages gradients over processes; `tokens` is the sum over all of them
