@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +87,14 @@ def _packed(stream: Tensor, length: int, seed: int) -> Tensor:
     return stream[: count * length].view(count, length)[order]
 
 
-def read_texts(source: str, text_field: str) -> list[Any]:
-    """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`.
+def read_texts(source: str, text_field: str) -> Iterable[Any]:
+    """Documents of a JSON lines file, a plain text file (one document), a data set, or `builtin:<name>`.
 
-    A file named `*.raw` is WikiText as published: one document an article, rows joined as in the literature. Where the
-    rows have `messages` and no text field, the documents are conversations: lists of `{"role": …, "content": …}`.
+    A data set is a folder or a hub id, with its subset and split after colons where they are not the first and `train`
+    (`Salesforce/wikitext:wikitext-2-raw-v1:test`), and is streamed: no more is read than is taken. A file named `*.raw`
+    is WikiText as published: one document an article, rows joined as in the literature. Where the rows have `messages`
+    and no text field, the documents are conversations: lists of `{"role": …, "content": …}`.
     """
-    import datasets
-
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
         if name not in BUILTIN:
@@ -100,12 +102,12 @@ def read_texts(source: str, text_field: str) -> list[Any]:
         source = str(resources.files("moyu_train") / "data" / BUILTIN[name])
     path = Path(source)
     suffixes = "".join(path.suffixes[-2:])
-    local = path.exists() or suffixes.endswith(TEXT_SUFFIXES) or source.startswith((".", "/"))
-    if local and not path.is_file():
+    local = suffixes.endswith(TEXT_SUFFIXES) or source.startswith((".", "/"))
+    if local and not path.exists() and not Path(source.partition(":")[0]).is_dir():
         raise MoyuError(f"text file {source!r} does not exist; give a JSON lines file, a text file or a hub id")
-    if local and path.stat().st_size == 0:
+    if path.is_file() and path.stat().st_size == 0:
         raise MoyuError(f"text file {source!r} is empty; give a file with at least one document")
-    if local and "json" not in suffixes:
+    if path.is_file() and "json" not in suffixes:
         try:
             text = path.read_text(encoding="utf-8")
             return _articles(text) if path.suffix == ".raw" else [text]
@@ -114,21 +116,28 @@ def read_texts(source: str, text_field: str) -> list[Any]:
                 f"text file {source!r} is not UTF-8 text ({error.reason}); JSON lines may be "
                 "gzipped, plain text may not"
             ) from error
-    try:
-        rows = (
-            datasets.load_dataset("json", data_files=source, split="train")
-            if local
-            else datasets.load_dataset(source, split="train")
+    rows = _rows(source, path.is_file())
+    first = next(rows, {})
+    field = MESSAGES if text_field not in first and MESSAGES in first else text_field
+    if field not in first:
+        raise MoyuError(
+            f"data {source!r} has no field {text_field!r} (it has {', '.join(first) or 'no rows'}); set data.text_field"
         )
+    documents = (row[field] for row in chain([first], rows))
+    return (document for document in documents if document and (field == MESSAGES or document.strip()))
+
+
+def _rows(source: str, file: bool) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    try:
+        if file:
+            yield from datasets.load_dataset("json", data_files=source, split="train")
+        else:
+            name, subset, split, *_ = [*source.split(":"), "", ""]
+            yield from datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except Exception as error:  # datasets raises many types here; the cause stays attached
         raise MoyuError(f"data {source!r} could not be read: {error}") from error
-    if text_field not in rows.column_names and MESSAGES in rows.column_names:
-        return [messages for messages in rows[MESSAGES] if messages]
-    if text_field not in rows.column_names:
-        raise MoyuError(
-            f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set data.text_field"
-        )
-    return [text for text in rows[text_field] if text and text.strip()]
 
 
 def _articles(text: str) -> list[str]:
@@ -137,15 +146,18 @@ def _articles(text: str) -> list[str]:
     return [article for article in re.split(r"(?m)^(?= = [^=]+ = $)", rows) if article.strip()]
 
 
-def tokenise(texts: list[Any], tokenizer: Any, source: str, window: int, max_tokens: int | None = None) -> Documents:
+def tokenise(
+    texts: Iterable[Any], tokenizer: Any, source: str, window: int, max_tokens: int | None = None
+) -> Documents:
     """Tokens of the documents (texts, or conversations by the tokenizer's chat template), in order, until `max_tokens`.
 
     Raises: MoyuError where there is less text than one window.
     """
     tokens: list[Tensor] = []
     scored: list[Tensor] = []
-    total, chat = 0, bool(texts) and not isinstance(texts[0], str)
+    total, chat = 0, False
     for text in texts:
+        chat = not isinstance(text, str)
         if chat:
             ids, turns = conversation(text, tokenizer, source)
         else:

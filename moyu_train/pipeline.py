@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from moyu_train import __version__, data
+from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks
@@ -32,6 +32,7 @@ from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
+OWN_TEXT = "self"
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
 
 
@@ -149,8 +150,20 @@ class Run:
     @cached_property
     def _training(self) -> tuple[data.Documents, data.Documents]:
         settings = self.recipe.data
-        documents = self._documents(settings.train, settings.max_tokens, self.recipe.finetune.window)
+        source = self._own_text() if settings.train == OWN_TEXT else settings.train
+        documents = self._documents(source, settings.max_tokens, self.recipe.finetune.window)
         return data.hold_back(documents, settings.validation_documents, settings.train)
+
+    def _own_text(self) -> str:
+        """File of the model's own text, written once."""
+        recipe, settings = self.recipe, self.recipe.finetune
+        held_back = recipe.data.validation_documents * own_text.LENGTH
+        tokens = max(settings.tokens // settings.epochs + settings.window, recipe.fit.tokens) + held_back
+        path = self.folder / f"own-text-{recipe.digest('model', 'seed')[:8]}-{tokens}.jsonl"
+        with PartialState().main_process_first():
+            if not path.is_file():
+                own_text.write_own_text(self.dense(), self.tokenizer, path, tokens, recipe.seed)
+        return str(path)
 
     @property
     def train(self) -> data.Documents:

@@ -81,7 +81,9 @@ class Penalty(Method):
 
 
 class Data(Section):
-    train: str = Field("builtin:state-union-train", description="JSON lines, text file, hub id, or builtin:<name>")
+    train: str = Field(
+        "builtin:state-union-train", description="JSON lines, text file, id[:subset[:split]], builtin:<name>, or self"
+    )
     test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
     text_field: str = "text"
     validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
@@ -110,6 +112,7 @@ class Lora(Section):
 
 class Optimise(Section):
     tokens: int = Field(24_576, ge=1)
+    epochs: int = Field(1, ge=1, description="how often the training text may be gone through to give `tokens`")
     window: int = Field(256, ge=8, description="tokens per training sequence")
     batch: int = Field(4, ge=1, description="sequences per device and micro-batch")
     accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")

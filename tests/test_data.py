@@ -1,6 +1,7 @@
 """Text and conversations to tokens, and which of them are scored."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -91,8 +92,26 @@ def test_wikitext_is_split_into_articles_and_joined_as_in_papers(tmp_path: Path)
     ]
 
 
+def test_a_data_set_is_streamed_by_name_subset_and_split(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / f"b-{split}.jsonl").write_text("".join(f'{{"text": "{split} {i}"}}\n' for i in range(5)))
+    (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: broken.jsonl\n- config_name: b\n  data_files:\n"
+        "  - {split: train, path: b-train.jsonl}\n  - {split: test, path: b-test.jsonl}\n---\n"
+    )
+    assert list(read_texts(f"{tmp_path}:b:test", "text")) == [f"test {i}" for i in range(5)]
+    assert next(iter(read_texts(f"{tmp_path}:b", "text"))) == "train 0"
+    with pytest.raises(MoyuError, match=r"could not be read"):
+        list(read_texts(f"{tmp_path}:c", "text"))
+    taken = []
+    endless = (taken.append(i) or "some words" for i in itertools.count())
+    assert tokenise(endless, tokenizer(), "endless", 8, max_tokens=35).total == 40
+    assert len(taken) == 4
+
+
 def test_shipped_passages_are_documents() -> None:
-    texts = read_texts("builtin:wikipedia-passages", "text")
+    texts = list(read_texts("builtin:wikipedia-passages", "text"))
     assert len(texts) == len(set(texts)) == 2938
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest().startswith("c8a41bb7939968f3")
 
@@ -105,3 +124,23 @@ def test_validation_keeps_whole_documents_and_their_turns() -> None:
     assert last.scored is not None
     assert (len(first.scored), len(last.scored)) == (3, 2)
     assert documents.digest() != Documents(documents.tokens).digest()
+
+
+def test_a_user_without_text_trains_on_what_the_model_writes(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model")) | {"predictor": None}
+    settings["data"] |= {"train": "self"}
+    settings["finetune"] |= {"tokens": 4096, "epochs": 4}
+    run = Run(Recipe.model_validate(settings))
+    assert run.train.total >= 1024
+    assert len(run.validation.tokens) == 2
+    (path,) = (tmp_path / "run").glob("own-text-*.jsonl")
+    written = path.read_bytes()
+    run_stage(run, "calibrate")
+    assert run_stage(run, "finetune")["tokens"] == 4096
+
+    assert Run(Recipe.model_validate(settings)).train.digest() == run.train.digest()
+    again = Run(Recipe.model_validate(settings | {"run": str(tmp_path / "again")}))
+    assert again.train.digest() == run.train.digest()
+    other = Run(Recipe.model_validate(settings | {"seed": 1}))
+    assert other.train.digest() != run.train.digest()
+    assert path.read_bytes() == written

@@ -56,10 +56,10 @@ class Windows(Dataset):
 def training_windows(run: "Run", settings: Optimise) -> Tensor:
     windows = run.train.packed(settings.window, run.recipe.seed)
     wanted = settings.tokens // settings.window
-    if len(windows) < wanted:
+    if wanted > len(windows) * settings.epochs:
         raise MoyuError(
             f"finetune.tokens {settings.tokens} is more than the training text holds ({len(windows) * settings.window} "
-            "tokens in full windows); lower it or give more text"
+            f"tokens in full windows, finetune.epochs {settings.epochs}); lower it, give more text, or raise epochs"
         )
     return windows[:wanted]
 
