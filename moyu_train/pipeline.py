@@ -21,12 +21,12 @@ from accelerate import PartialState
 from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
-from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.blocks import ffn_bytes, find_blocks, find_inputs
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
-from moyu_train.recipe import Recipe
+from moyu_train.recipe import CONTROL, Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.delta import MANIFEST
@@ -49,7 +49,12 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
-        Stage("calibrate", "moyu_train.training.stages:calibrate", (), ("calibrate", "sparsifier", "target_sparsity")),
+        Stage(
+            "calibrate",
+            "moyu_train.training.stages:calibrate",
+            (),
+            ("calibrate", "sparsifier", "target_sparsity", "inputs"),
+        ),
         Stage(
             "fit-predictors",
             "moyu_train.training.stages:fit_predictors",
@@ -58,6 +63,7 @@ STAGES = {
             "predictor",
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
+        Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
         Stage(
             "finetune",
             "moyu_train.training.finetune:finetune",
@@ -66,7 +72,6 @@ STAGES = {
         ),
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
         Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), "predictor"),
-        Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
         Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",), ("export",)),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(
@@ -104,6 +109,7 @@ class Run:
                 )
         check_writable(self.folder, 0)
         self.check()
+        self.check_parent()
 
     @cached_property
     def source(self) -> str:
@@ -123,6 +129,9 @@ class Run:
         blocks = find_blocks(self.skeleton)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
         cls.check(blocks)
+        if self.recipe.inputs:
+            method, _ = resolve("inputs", self.recipe.inputs, SPARSIFIERS)
+            method.check(find_inputs(self.skeleton, self.recipe.inputs.modules))
         rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
         if not rule.native and (self.recipe.bench or self.recipe.predictor):
             raise MoyuError(
@@ -142,6 +151,22 @@ class Run:
                 f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
                 "FFN's bytes; lower it, or make the predictor smaller"
             )
+
+    def check_parent(self) -> None:
+        asked = self.recipe.finetune.parent
+        if asked in ("", CONTROL):
+            return
+        own, other = (model.config.get_text_config().vocab_size for model in (self.skeleton, skeleton(self._parent)))
+        if own != other:
+            raise MoyuError(
+                f"finetune.parent {asked!r} has a vocabulary of {other} tokens and the model one of {own}, so their "
+                "distributions cannot be compared; give a parent of the same family"
+            )
+
+    @cached_property
+    def _parent(self) -> str:
+        with PartialState().main_process_first():
+            return resolve_source(self.recipe.finetune.parent)
 
     def _documents(self, source: str, limit: int | None, window: int) -> data.Documents:
         texts = data.read_texts(source, self.recipe.data.text_field)
@@ -180,16 +205,16 @@ class Run:
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
         return load_dense(self.source, dtype)
 
+    def parent(self) -> Any:
+        """The dense model that fine-tuning distils from."""
+        if self.recipe.finetune.parent == CONTROL:
+            return load_dense(self.stage_folder("control") / self.figures("control")["model"])
+        return load_dense(self._parent) if self.recipe.finetune.parent else self.dense()
+
     @cached_property
     def inputs_digest(self) -> str:
         """Hash of the weights and the text that every stage starts from."""
-        path = Path(self.source)
-        weights = (
-            [sha256(file) for file in sorted([*path.glob("*.safetensors"), path / "config.json"])]
-            if path.is_dir()
-            else [self.source]
-        )
-        parts = [*weights, self.train.digest(), self.validation.digest(), self.test.digest()]
+        parts = [*_weights(self.source), self.train.digest(), self.validation.digest(), self.test.digest()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
@@ -199,8 +224,10 @@ class Run:
 
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""
-        found = []
-        for need in STAGES[name].needs:
+        found, needs = [], STAGES[name].needs
+        if name == "finetune" and self.recipe.finetune.parent == CONTROL:
+            needs = (*needs, "control")
+        for need in needs:
             found += [need] if need in self.stages else self.needs(need)
         return found
 
@@ -216,6 +243,8 @@ class Run:
         parts = [__version__, name, self.inputs_digest, recipe.digest(*KEEP, *STAGES[name].sections)]
         if recipe.delta and "delta" in STAGES[name].sections and (Path(recipe.delta) / MANIFEST).is_file():
             parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
+        if recipe.finetune.parent not in ("", CONTROL) and "finetune" in STAGES[name].sections:
+            parts += _weights(self._parent)
         parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -242,6 +271,14 @@ class Run:
                 "same recipe first, or `moyu run` for all stages"
             )
         return record["figures"]
+
+
+def _weights(source: str) -> list[str]:
+    """What tells a model's weights from others: hashes of its files, or a hub id."""
+    path = Path(source)
+    if not path.is_dir():
+        return [source]
+    return [sha256(file) for file in sorted([*path.glob("*.safetensors"), path / "config.json"])]
 
 
 def run_stage(run: Run, name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from moyu_train.errors import MoyuError
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.sparsifiers import SPARSIFIERS
+
+CONTROL = "control"  # as finetune.parent
 
 
 class RecipeError(MoyuError):
@@ -90,6 +93,28 @@ class Data(Section):
     max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of the training text")
 
 
+class Inputs(Method):
+    """Sparse inputs of linear layers anywhere in the model, by a sparsifier for layout `linear`: threshold or topk.
+
+    With `statistic: magnitude` a threshold is TEAL (arXiv 2408.14690), with `contribution` WINA (arXiv 2505.19427);
+    topk with `straight_through` is Q-Sparse (arXiv 2407.10969).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "threshold"
+    modules: str = Field(r"self_attn\.[qkvo]_proj", description="regular expression, found anywhere in the path")
+    sparsity: float = Field(gt=0, lt=1, description="share of the inputs that are off")
+
+    @field_validator("modules")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"inputs.modules {value!r} is no regular expression: {error}") from error
+        return value
+
+
 class Analyze(Section):
     tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
@@ -122,6 +147,10 @@ class Optimise(Section):
     save_steps: int = Field(10, ge=1)
     dtype: Literal["float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
+    parent: str = Field(
+        "",
+        description="dense model to distil from, of the same vocabulary: default `model`; `control`: the dense control",
+    )
     kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
     kl_top_k: int | None = Field(None, ge=1, description="of its distribution only the likeliest tokens; default all")
     block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
@@ -192,6 +221,7 @@ class Recipe(Section):
     data: Data = Data()
     analyze: Analyze = Analyze()
     sparsifier: Method = Method(name="threshold")
+    inputs: Inputs | None = Field(None, description="also sparse inputs of other linear layers")
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
     delta: str = Field("", description="folder of a trained delta to take in place of fine-tuning")
@@ -218,6 +248,10 @@ class Recipe(Section):
         _known("sparsifier", self.sparsifier.name, SPARSIFIERS)
         if self.predictor:
             _known("predictor", self.predictor.name, PREDICTORS)
+        if self.inputs:
+            _known("inputs", self.inputs.name, SPARSIFIERS)
+        if self.finetune.parent == CONTROL and not self.control:
+            raise ValueError("finetune.parent 'control' distils from the dense control, and control is null; give one")
         if self.penalty:
             _known("penalty", self.penalty.name, PENALTIES)
         return self

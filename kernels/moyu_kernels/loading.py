@@ -17,8 +17,8 @@ from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
-READS = (1, 2)  # version 1 has no formula: its rule is always a threshold on the activation
+FORMAT_VERSION = 3
+READS = (1, 2, 3)  # 1 has no formula: its rule is always a threshold on the activation; 1 and 2 have no inputs
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
 LAYOUTS = ("gated", "fused", "plain", "experts")
 # transformers' names of the activations that have an op; other ones run under a mask on the dense module.
@@ -69,6 +69,8 @@ def from_pretrained(
         predictor = [_tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         rule = Rule(threshold, **settings.get("formula", {}))
         _install(folder, model, block, settings["activation"], rule, predictor, mode, backend)
+    if mode != "dense":
+        _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
@@ -227,6 +229,19 @@ def _install(
         return
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
     simulate(module, names, layout, rule, masked=True)
+
+
+def _install_inputs(folder: Path, model: nn.Module, inputs: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Sparse inputs of other linear layers: masked before a dense matmul."""
+    for index, path in enumerate(inputs["paths"]):
+        rule = Rule(_tensor(folder, state, f"inputs.{index}.threshold"), **inputs["formula"])
+        parent, _, name = path.rpartition(".")
+        try:
+            simulate(model.get_submodule(parent), {"act": "", "up": "", "down": name}, "linear", rule, masked=True)
+        except AttributeError as error:
+            raise CheckpointError(f"{folder}: the config names {path}, which the model lacks: {error}") from error
+    if inputs["paths"]:
+        logger.warning("moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped", index + 1)
 
 
 @torch.no_grad()

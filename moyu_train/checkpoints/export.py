@@ -39,25 +39,28 @@ def export(
     predictors: list[dict[str, Tensor]] | None,
     family: str | None,
     selected: float | None = None,
+    inputs: dict[str, Rule] | None = None,
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
 
     name: of the sparsifier; rules: one a block, alike but for their thresholds;
-    selected: share of the neurons that the predictors selected on the calibration text, for the density guard.
+    selected: share of the neurons that the predictors selected on the calibration text, for the density guard;
+    inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
     """
-    blocks = find_blocks(model)
+    blocks, paths = find_blocks(model), list(inputs or {})
     tensors = thresholds_to_tensors([rule.threshold for rule in rules]) | (
         predictors_to_tensors(predictors) if predictors else {}
     )
+    tensors |= {f"inputs.{i}.threshold": rule.threshold for i, rule in enumerate((inputs or {}).values())}
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MoyuError(f"{key} holds values that are not finite; calibrate or fit again on more text")
     config = model.config
     base, field, stock = base_activation(config), activation_field(config), [type(model).__name__]
     clear_marker(config)
-    known = rules[0].stock_activation  # then stock code computes this very function, and may
+    known = None if inputs else rules[0].stock_activation  # then stock code computes this very function, and may
     digest = ffn_sha256(model)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -77,6 +80,7 @@ def export(
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
+            "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, "selected": selected} if predictors else None,
         }
         config.save_pretrained(temporary)
@@ -93,6 +97,14 @@ def export(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_inputs(folder: Path) -> dict[str, Rule]:
+    """Rules of the inputs of linear layers of a sparse checkpoint, by path; mostly none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    inputs = config["moyu"].get("inputs") or {"paths": []}
+    tensors = load_file(folder / STATE)
+    return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in enumerate(inputs["paths"])}
 
 
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:

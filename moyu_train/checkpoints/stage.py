@@ -12,6 +12,7 @@ from moyu_train.files import check_writable
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
+from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name
     family = run.recipe.predictor.name if run.recipe.predictor else None
     selected = run.figures("recalibrate")["selected_share"] if family else None
-    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected)
+    inputs = input_rules(run, "finetune")
+    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected, inputs)
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
 from moyu_train.models.blocks import FFNBlock, find_blocks
-from moyu_train.models.masking import Masking
+from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.models.state import stored_bytes
 
 LINE = 64  # bytes of a cache line
@@ -68,6 +68,7 @@ class SparseMasks:
         cuts: per layer the score above which a neuron is selected, default 0.
         oracle: keep as many neurons per token and layer as the mask would, but those of largest contribution.
         observe: sees every layer's scores `[..., F]`.
+        inputs: rules of the inputs of other linear layers, by path.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class SparseMasks:
         cuts: list[float] | None = None,
         oracle: bool = False,
         observe: Callable[[int, Tensor], None] | None = None,
+        inputs: dict[str, Rule] | None = None,
     ) -> None:
+        self.inputs = InputMasks(model, inputs or {})
         self.blocks = find_blocks(model)
         self.rules, self.predictors, self.oracle, self.observe = rules, predictors, oracle, observe
         self.cuts = cuts or [0.0] * len(self.blocks)
@@ -113,6 +116,7 @@ class SparseMasks:
 
     def __exit__(self, *exc: object) -> None:
         self._masking.remove()
+        self.inputs.__exit__(*exc)
 
     def per_layer(self) -> list[dict[str, Any]]:
         """Per layer: density selected and kept, recall of the rule by contribution mass, precision by count."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import moyu_kernels
 import torch
 
-from moyu_train.checkpoints.export import MANIFEST, read_state
+from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.data import Documents, overlap
 from moyu_train.errors import MoyuError
@@ -16,6 +16,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
+from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
     one through the kernels in the stored dtype, and have to give the same perplexity.
     """
     rules, predictors = read_state(folder)
+    inputs = read_inputs(folder)
     itemsize = model_itemsize(folder)
     model = load_dense(folder)
-    with SparseMasks(model, rules, predictors) as masks:
+    with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
     simulated = not rules[0].native or any(block.layout != "gated" for block in masks.blocks)
     figures: dict[str, Any] = {
@@ -41,18 +43,19 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
         "simulated": simulated,  # without an op nothing is skipped
         "bytes_skipped": None if simulated else bytes_skipped(masks.blocks, masks.counts, predictors, itemsize),
         "neurons_off": masks.neurons_off(),
+        "inputs_off": masks.inputs.off() if inputs else None,
         "layers": masks.per_layer(),
     }
-    with SparseMasks(model, rules, predictors, oracle=True):
+    with SparseMasks(model, rules, predictors, oracle=True, inputs=inputs):
         figures["oracle"] = score(model, documents, window, "evaluate: oracle at the same density")
     figures |= {"rule": sparse, "rule_neurons_off": masks.neurons_off()}
     if predictors:
-        with SparseMasks(model, rules, None) as rule:
+        with SparseMasks(model, rules, None, inputs=inputs) as rule:
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
     if kernel_tokens and not simulated:
         few = Documents([documents.tokens[0][: min(kernel_tokens, window)]])
-        with SparseMasks(model, rules, predictors):
+        with SparseMasks(model, rules, predictors, inputs=inputs):
             masked = score(model, few, window, "evaluate: masked path").perplexity
         del model
         figures["kernels"] = decode_perplexity(folder, few) | {"masked_perplexity": masked}
@@ -88,7 +91,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     model = run.dense()
     dense = score(model, documents, window, "evaluate: dense")
     thresholds, predictors = read(run.before("finetune"))
-    with SparseMasks(model, sparsifier_of(run.recipe, thresholds).rules, predictors) as masks:
+    rules = sparsifier_of(run.recipe, thresholds).rules
+    with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     itemsize = model_itemsize(checkpoint)
     untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
@@ -114,6 +118,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         "untouched_bytes_skipped": None if found["simulated"] else untouched_skipped,
         "neurons_off": found["neurons_off"],
         "rule_neurons_off": found["rule_neurons_off"],
+        "inputs_off": found["inputs_off"],
         "kernels": found.get("kernels"),
         "overlap_13gram": overlap(run.train, documents),
         "layers": found["layers"],

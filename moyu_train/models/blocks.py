@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class FFNBlock:
 
     path: str
     module: nn.Module = field(repr=False)
-    layout: str  # gated | fused | plain | experts
+    layout: str  # gated | fused | plain | experts, or linear: a lone projection, `down`, whose inputs are its neurons
     gate: str | None
     up: str
     down: str
@@ -130,6 +131,37 @@ def find_blocks(model: nn.Module) -> list[FFNBlock]:
             f"{patterns}, or 3-D expert parameters gate_up_proj/down_proj; module classes seen: {', '.join(seen)}. "
             "Add the pattern to moyu_train/models/blocks.py if the layout is one of these under other names."
         )
+    return found
+
+
+def linear_block(model: nn.Module, path: str) -> FFNBlock:
+    """The linear layer at `path` as a block of its own."""
+    size = _sizes(model.get_submodule(path))
+    assert size  # callers name linear layers
+    parent, _, name = path.rpartition(".")
+    return FFNBlock(path, model.get_submodule(parent), "linear", None, name, name, size[1], size[0])
+
+
+def find_inputs(model: nn.Module, pattern: str) -> list[FFNBlock]:
+    """The linear layers with `pattern` (a regular expression) in their path, as blocks of layout `linear`.
+
+    Raises: MoyuError where none matches, or one is inside an FFN block.
+    """
+    inside = {f"{block.path}.{name}" for block in find_blocks(model) for name in (block.gate, block.up, block.down)}
+    found = []
+    for path, module in model.named_modules():
+        size = _sizes(module)
+        if size is None or not re.search(pattern, path):
+            continue
+        if path in inside:
+            raise MoyuError(
+                f"inputs.modules {pattern!r} matches {path}, a part of an FFN block, whose neurons are for the "
+                "sparsifier; narrow the pattern"
+            )
+        found.append(linear_block(model, path))
+    if not found:
+        linear = [path for path, module in model.named_modules() if _sizes(module)]
+        raise MoyuError(f"inputs.modules {pattern!r} matches no linear layer; there are {', '.join(linear[:8])}, …")
     return found
 
 

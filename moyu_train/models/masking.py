@@ -10,7 +10,7 @@ from moyu_kernels.seam import ExpertsSeam, Seam
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import FFNBlock
+from moyu_train.models.blocks import FFNBlock, linear_block
 
 # keep(layer, a, expert) -> bool mask of a's shape, or None to leave `a` as it is. a is [..., F].
 Keep = Callable[[int, Tensor, int | None], Tensor | None]
@@ -102,6 +102,34 @@ class Masking:
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
+
+
+class InputMasks:
+    """Sparse inputs of linear layers, until the end of a `with`, with a count of what was kept.
+
+    rules: by the layer's path; none is fine.
+    """
+
+    def __init__(self, model: torch.nn.Module, rules: dict[str, Rule]) -> None:
+        self.kept = self.seen = 0
+        self._masking = Masking([linear_block(model, path) for path in rules], self._keep)
+        self._rules = list(rules.values())
+
+    def _keep(self, layer: int, x: Tensor, expert: int | None) -> Tensor:
+        keep = self._rules[layer].mask(x)
+        self.kept += int(keep.count_nonzero())
+        self.seen += keep.numel()
+        return keep
+
+    def off(self) -> float:
+        """Share of the inputs that were off."""
+        return 1 - self.kept / max(self.seen, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._masking.remove()
 
 
 def masked(a: Tensor, keep: Tensor | None, straight_through: bool = False) -> Tensor:

@@ -9,8 +9,11 @@ def thresholds_to_tensors(thresholds: list[Tensor]) -> dict[str, Tensor]:
 
 
 def thresholds_from_tensors(tensors: dict[str, Tensor]) -> list[Tensor]:
-    count = sum(name.endswith(".threshold") for name in tensors)
-    return [tensors[f"blocks.{i}.threshold"] for i in range(count)]
+    return [tensors[f"blocks.{i}.threshold"] for i in range(_blocks(tensors))]
+
+
+def _blocks(tensors: dict[str, Tensor]) -> int:
+    return sum(name.startswith("blocks.") and name.endswith(".threshold") for name in tensors)
 
 
 def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -20,7 +23,7 @@ def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tens
 def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """One dict a layer, in the order of tensors in which the ops take them; empty where there are no predictors."""
     names = next((names for names in PREDICTORS.values() if f"blocks.0.predictor.{names[0]}" in tensors), ())
-    count = sum(name.endswith(".threshold") for name in tensors) if names else 0
+    count = _blocks(tensors) if names else 0
     return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
 
 

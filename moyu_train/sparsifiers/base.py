@@ -60,7 +60,7 @@ class Sparsifier:
         for block in blocks:
             if block.layout not in cls.layouts:
                 raise MoyuError(
-                    f"sparsifier {cls.name!r} acts on {', '.join(cls.layouts)} FFN blocks, {block.path} is "
+                    f"sparsifier {cls.name!r} acts on {', '.join(cls.layouts)} blocks, {block.path} is "
                     f"{block.layout!r}; use the sparsifier 'threshold'"
                 )
 

@@ -23,6 +23,7 @@ class Threshold(HeldSparsifier):
     name = "threshold"
     Options = ThresholdOptions
     calibrates = "activation"
+    layouts = (*HeldSparsifier.layouts, "linear")
 
     def rule(self, threshold: Tensor) -> Rule:
         return Rule(threshold, keep="threshold")

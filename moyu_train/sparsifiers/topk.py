@@ -27,6 +27,7 @@ class TopK(Sparsifier):
 
     name = "topk"
     Options = TopKOptions
+    layouts = (*Sparsifier.layouts, "linear")
 
     def __init__(self, options: TopKOptions, thresholds: list[Tensor], density: float) -> None:
         super().__init__(options, thresholds, density)

@@ -35,7 +35,10 @@ class SparsityControl(TrainerCallback):
         penalty: an instance from the registry. It sees the activations before the mask. A trainer runs its forward
             within `armed` and adds what `take_penalty` returns to its loss, as SparsityTrainer does.
         adaptive: moves the penalty's coefficient by the density that the rule keeps.
+        blocks: default the FFN blocks of `model`.
     """
+
+    prefix = ""  # of the names of its metrics and of its state file
 
     def __init__(
         self,
@@ -45,8 +48,9 @@ class SparsityControl(TrainerCallback):
         predictors: list[dict[str, Tensor]] | None = None,
         penalty: Any = None,
         adaptive: AdaptiveCoefficient | None = None,
+        blocks: list[FFNBlock] | None = None,
     ) -> None:
-        self.blocks: list[FFNBlock] = find_blocks(model)
+        self.blocks: list[FFNBlock] = blocks or find_blocks(model)
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
         self.penalty, self.adaptive = penalty, adaptive
         self._terms: list[Tensor] = []
@@ -159,7 +163,7 @@ class SparsityControl(TrainerCallback):
     def metrics(self) -> dict[str, float]:
         """Target against achieved, for every log line; `kept` is what rule and prediction leave together."""
         rule, selected, kept = self.density.mean(0).tolist()
-        return {
+        found = {
             "sparsity_target": 1 - self.target,
             "sparsity": 1 - rule,
             "sparsity_lowest_layer": 1 - self.density[:, 0].max().item(),
@@ -169,6 +173,7 @@ class SparsityControl(TrainerCallback):
             **self.health.metrics(),
             **({"coefficient": self.adaptive.value} if self.adaptive else {}),
         }
+        return {self.prefix + name: value for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
         """Thresholds, densities, silent neurons and the adaptive coefficient, beside a training checkpoint."""
@@ -176,10 +181,10 @@ class SparsityControl(TrainerCallback):
         tensors |= {f"blocks.{i}.silent": silent for i, silent in enumerate(self.health.silent)}
         if self.adaptive:
             tensors["coefficient"] = self.adaptive.state()
-        save_file({**tensors, "density": self.density}, folder / STATE_FILE)
+        save_file({**tensors, "density": self.density}, folder / f"{self.prefix}{STATE_FILE}")
 
     def load(self, folder: Path) -> None:
-        tensors = load_file(folder / STATE_FILE)
+        tensors = load_file(folder / f"{self.prefix}{STATE_FILE}")
         self.density = tensors["density"]
         self.sparsifier.thresholds = thresholds_from_tensors(tensors)
         self.health.silent = [tensors[f"blocks.{i}.silent"] for i in range(len(self.blocks))]

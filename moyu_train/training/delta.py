@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
-from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
+from moyu_train.models.state import thresholds_to_tensors
 
 PEFT_TYPE = "MOYU_LORA"
 CONFIG, WEIGHTS, STATE, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "moyu.safetensors", "delta.json"
@@ -29,18 +29,24 @@ def round_delta(adapted: Any) -> None:
 
 
 def save_delta(
-    adapted: Any, thresholds: list[Tensor], ffn: str, trained: dict[str, Any], tokens: int, folder: Path
+    adapted: Any,
+    thresholds: list[Tensor],
+    inputs: dict[str, Tensor],
+    ffn: str,
+    trained: dict[str, Any],
+    tokens: int,
+    folder: Path,
 ) -> None:
     """Write a delta.
 
-    Args: adapted: after `round_delta`; ffn: SHA-256 of the FFN weights that it belongs to; trained: the rule that it
-        was trained under, as data; tokens: of its training.
+    Args: adapted: after `round_delta`; inputs: thresholds of other layers' inputs, by path; ffn: SHA-256 of the FFN
+        weights that it belongs to; trained: the rule that it was trained under, as data; tokens: of its training.
     """
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     tensors = load_file(folder / WEIGHTS)
     save_file({name: tensor.half() for name, tensor in tensors.items()}, folder / WEIGHTS)
-    save_file(thresholds_to_tensors(thresholds), folder / STATE)
+    save_file(thresholds_to_tensors(thresholds) | inputs, folder / STATE)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"peft_type": PEFT_TYPE, "base_model_name_or_path": None}
     if isinstance(config["target_modules"], list):
@@ -50,8 +56,8 @@ def save_delta(
     write_json(folder / MANIFEST, {"files": files, "ffn_sha256": ffn, "trained": trained, "tokens": tokens})
 
 
-def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> tuple[Any, list[Tensor], int]:
-    """The dense model with the delta on it, the thresholds, and the tokens that the delta was trained on.
+def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Tensor], int]:
+    """The dense model with the delta on it, the thresholds as `save_delta` names them, and the tokens of its training.
 
     Args: ffn: SHA-256 of the model's FFN weights; trained: the rule of this recipe, as `save_delta` took it.
     Raises: MoyuError where a file is missing or changed, or the delta belongs to other weights or another rule.
@@ -85,4 +91,4 @@ def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> t
         raise MoyuError(
             f"{folder / WEIGHTS} holds matrices that the model has no place for: {found.unexpected_keys[:3]}"
         )
-    return adapted, thresholds_from_tensors(load_file(folder / STATE)), manifest["tokens"]
+    return adapted, load_file(folder / STATE), manifest["tokens"]

@@ -20,6 +20,7 @@ from moyu_train.evaluation.perplexity import score
 from moyu_train.files import write_json
 from moyu_train.models.blocks import activation_field, ffn_sha256
 from moyu_train.models.loading import check_memory, training_bytes
+from moyu_train.models.state import thresholds_from_tensors
 from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.scale import measure_scales
@@ -29,6 +30,7 @@ from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
+from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge
 from moyu_train.training.stages import read, sparsifier_of, write
@@ -65,13 +67,19 @@ def training_windows(run: "Run", settings: Optimise) -> Tensor:
 
 
 def train(
-    run: "Run", folder: Path, settings: Optimise, learning_rate: float, sparsity: SparsityControl | None, model: Any
+    run: "Run",
+    folder: Path,
+    settings: Optimise,
+    learning_rate: float,
+    sparsity: SparsityControl | None,
+    model: Any,
+    inputs: InputControl | None = None,
 ) -> tuple[Any, list[dict[str, float]], dict[str, Any]]:
     """Fine-tune `model`, resuming from the last complete checkpoint.
 
     Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
     """
-    parent = run.dense() if (settings.kl_weight or settings.block_weight) and sparsity else None
+    parent = run.parent() if (settings.kl_weight or settings.block_weight) and sparsity else None
     penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
     steps = settings.tokens // (settings.tokens_per_step * processes)
@@ -121,6 +129,7 @@ def train(
         kl_top_k=settings.kl_top_k,
         block_weight=settings.block_weight if sparsity else 0.0,
         coefficient=coefficients,
+        inputs=inputs,
     )
     figures: dict[str, Any] = {"engine": check_engine(trainer)}
     with PartialState().main_process_first():
@@ -143,7 +152,8 @@ def train(
     round_delta(adapted)
     if thresholds and PartialState().is_main_process:
         tokens = steps * settings.tokens_per_step * processes
-        save_delta(adapted, thresholds, ffn, _trained_under(run.recipe), tokens, folder / "delta")
+        under = _trained_under(run.recipe)
+        save_delta(adapted, thresholds, thresholds_of(inputs), ffn, under, tokens, folder / "delta")
     merged, moved = merge(adapted, sparsity, windows[0])
     return merged, log, figures | moved
 
@@ -160,7 +170,8 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
     """The rule of a recipe as data, to tell whether a delta belongs to it."""
     _, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = {"name": recipe.sparsifier.name, **options.model_dump(mode="json")}
-    return {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
+    found: dict[str, Any] = {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
+    return found | ({"inputs": recipe.inputs.model_dump(mode="json")} if recipe.inputs else {})
 
 
 def _check_memory(run: "Run", parent: bool) -> None:
@@ -194,13 +205,17 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
     sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)
+    inputs = inputs_on(run, model)
     if recipe.delta:
-        model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity)
+        model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity, inputs)
         log: list[dict[str, float]] = []
     else:
-        model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model)
+        model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model, inputs)
         tokens = len(log) * settings.tokens_per_step * PartialState().num_processes
     sparsity.remove()
+    if inputs:
+        inputs.remove()
+    write_inputs(folder, thresholds_of(inputs))
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         write(folder, sparsity.sparsifier.thresholds, predictors)
@@ -214,15 +229,21 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         "ffn_sha256": ffn_sha256(model),
         **ran,
     }
+    if log and inputs:
+        figures["inputs_sparsity"] = log[-1]["inputs_sparsity"]
     if log:
         figures |= {"sparsity": log[-1]["sparsity"], "loss_first": log[0]["loss"], "loss_last": log[-1]["loss"]}
     return figures
 
 
-def _rebuild(run: "Run", folder: Path, model: Any, sparsity: SparsityControl) -> tuple[Any, int, dict[str, float]]:
-    """The fine-tuned model from a delta, and the tokens of its training; the rule gets the delta's thresholds."""
-    adapted, thresholds, tokens = load_delta(model, ffn_sha256(model), _trained_under(run.recipe), folder)
-    sparsity.sparsifier.thresholds = thresholds
+def _rebuild(
+    run: "Run", folder: Path, model: Any, sparsity: SparsityControl, inputs: InputControl | None
+) -> tuple[Any, int, dict[str, float]]:
+    """The fine-tuned model from a delta, and the tokens of its training; the rules get the delta's thresholds."""
+    adapted, state, tokens = load_delta(model, ffn_sha256(model), _trained_under(run.recipe), folder)
+    sparsity.sparsifier.thresholds = thresholds_from_tensors(state)
+    if inputs:
+        inputs.sparsifier.thresholds = [state[block.path] for block in inputs.blocks]
     sparsity.sparsifier.advance(1.0)
     merged, moved = merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
     return merged, tokens, moved

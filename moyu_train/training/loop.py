@@ -24,6 +24,7 @@ def calibrate_in_loop(
     tokens: int,
     target: float,
     itemsize: int,
+    inputs: dict[str, Rule] | None = None,
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
     """Predictors with their cuts folded into the bias, and the figures of the run that found them.
 
@@ -36,7 +37,7 @@ def calibrate_in_loop(
     cuts = [-math.inf] * len(predictors)  # the first round runs the rule mask, only to see the scores
     for number in range(ROUNDS):
         histogram = Histogram(len(predictors), -SCORES, SCORES)
-        with SparseMasks(model, rules, predictors, cuts, observe=histogram.add) as masks:
+        with SparseMasks(model, rules, predictors, cuts, observe=histogram.add, inputs=inputs) as masks:
             perplexity = score(model, documents, 1024, f"calibrate in loop {number + 1}", tokens).perplexity
         skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
         if number and abs(skipped - target) <= TOLERANCE:

@@ -8,7 +8,7 @@ from torch import Tensor
 from moyu_train.analysis.histogram import Histogram
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.blocks import FFNBlock, device_of, find_blocks
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
 
@@ -17,14 +17,21 @@ LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
 
 @torch.no_grad()
 def calibrate_rule(
-    model: Any, cls: Any, options: Any, density: float, documents: Documents, tokens: int, passes: int
+    model: Any,
+    cls: Any,
+    options: Any,
+    density: float,
+    documents: Documents,
+    tokens: int,
+    passes: int,
+    blocks: list[FFNBlock] | None = None,
 ) -> Any:
     """A sparsifier whose rule keeps `density` of the neurons of every layer on this text, where the method calibrates.
 
     The first pass sees dense activations; each later one sees what the layers before it produce under the mask of the
-    pass before, which is what the rule will meet.
+    pass before, which is what the rule will meet. blocks: default the FFN blocks.
     """
-    blocks = find_blocks(model)
+    blocks = blocks or find_blocks(model)
     cls.check(blocks)
     if not cls.calibrates:
         return cls.start(options, blocks, density)

@@ -10,6 +10,7 @@ from torch import Tensor
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import load_dense
+from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import (
     predictors_from_tensors,
     predictors_to_tensors,
@@ -22,6 +23,7 @@ from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.inputs import calibrate_inputs, input_rules, write_inputs
 from moyu_train.training.loop import calibrate_in_loop
 from moyu_train.training.rule import calibrate_rule
 
@@ -55,16 +57,19 @@ def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     density = 1 - recipe.target_sparsity
     rule = calibrate_rule(model, cls, options, density, run.train, recipe.calibrate.tokens, passes=2)
     write(folder, rule.thresholds, [])
+    write_inputs(folder, calibrate_inputs(model, recipe, run.train, rule.rules))
     return {"tokens": recipe.calibrate.tokens, "density": density}
 
 
-def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict[str, Any]:
+def _fit(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
     recipe = run.recipe
+    thresholds, _ = read(run.stage_folder(source))
     assert recipe.predictor  # the pipeline runs this stage only with one
     cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
     trainer = PredictorTrainer(model, sparsifier_of(recipe, thresholds), cls, options, folder)
     windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
-    predictors = trainer.fit(windows, recipe.fit.save_every)
+    with InputMasks(model, input_rules(run, source)):
+        predictors = trainer.fit(windows, recipe.fit.save_every)
     write(folder, thresholds, predictors)
     return {
         "tokens": windows.numel(),
@@ -76,19 +81,17 @@ def _fit(run: "Run", folder: Path, model: Any, thresholds: list[Tensor]) -> dict
 
 def fit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
     """Predictors of the dense model's activations under the rule, all layers in one pass."""
-    thresholds, _ = read(run.before("fit-predictors"))
-    return _fit(run, folder, run.dense(), thresholds)
+    return _fit(run, folder, "calibrate", run.dense())
 
 
 def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
     """Predictors again, of the fine-tuned model: its activations have moved, and become easier to predict."""
-    source = run.stage_folder("finetune")
-    thresholds, _ = read(source)
-    return _fit(run, folder, load_dense(source / "model"), thresholds)
+    return _fit(run, folder, "finetune", load_dense(run.stage_folder("finetune") / "model"))
 
 
-def _in_loop(run: "Run", folder: Path, source: Path, model: Any) -> dict[str, Any]:
-    thresholds, fitted = read(source)
+def _in_loop(run: "Run", folder: Path, source: str, weights: str, model: Any) -> dict[str, Any]:
+    """source: the stage that fitted the predictors; weights: the one whose rules go with the model's weights."""
+    thresholds, fitted = read(run.stage_folder(source))
     settings = run.recipe.calibrate
     itemsize = ITEMSIZE[run.recipe.export.dtype]
     predictors, figures = calibrate_in_loop(
@@ -99,6 +102,7 @@ def _in_loop(run: "Run", folder: Path, source: Path, model: Any) -> dict[str, An
         settings.tokens,
         settings.bytes_skipped,
         itemsize,
+        input_rules(run, weights),
     )
     write(folder, thresholds, predictors)
     return figures
@@ -108,14 +112,14 @@ def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts with the untouched dense model in the loop: what the training starts from, and is compared with."""
     model = run.dense()
     _check_weights(run, "fit-predictors", model)
-    return _in_loop(run, folder, run.stage_folder("fit-predictors"), model)
+    return _in_loop(run, folder, "fit-predictors", "calibrate", model)
 
 
 def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts again, with the fine-tuned model in the loop."""
     model = load_dense(run.stage_folder("finetune") / "model")
     _check_weights(run, "refit-predictors", model)
-    return _in_loop(run, folder, run.stage_folder("refit-predictors"), model)
+    return _in_loop(run, folder, "refit-predictors", "finetune", model)
 
 
 def _check_weights(run: "Run", stage: str, model: Any) -> None:

@@ -53,6 +53,7 @@ class SparsityTrainer(Trainer):
         parent: the dense model, only read; None where kl_weight and block_weight are 0.
         kl_top_k: of the parent's distribution only so many tokens (losses.kl_target); None: all.
         block_weight: of the FFN blocks' relative output error (training/anchor.py).
+        inputs: a further control, of the inputs of other linear layers.
         coefficient: of the penalty that `sparsity` holds, by the share of the steps that are done; None without one.
     """
 
@@ -67,6 +68,7 @@ class SparsityTrainer(Trainer):
         lm_weight: float,
         kl_top_k: int | None = None,
         block_weight: float = 0.0,
+        inputs: SparsityControl | None = None,
         coefficient: Callable[[float], float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,9 +90,10 @@ class SparsityTrainer(Trainer):
         self.parent = parent
         self.anchor = BlockAnchor(self.model, self.parent) if block_weight and self.parent is not None else None
         self._parts: dict[str, float] = {}
-        if sparsity is not None:
-            sparsity.counting = False  # but while compute_loss arms it: a recompute in the backward counts nothing
-            self.add_callback(sparsity)
+        self.controls = [control for control in (sparsity, inputs) if control is not None]
+        for control in self.controls:
+            control.counting = False  # but while compute_loss arms it: a recompute in the backward counts nothing
+            self.add_callback(control)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(SparsityBar)
 
@@ -110,8 +113,8 @@ class SparsityTrainer(Trainer):
             with torch.no_grad():
                 parent = self.parent(**tensors, use_cache=False).logits
         with contextlib.ExitStack() as arms:
-            if self.sparsity:
-                arms.enter_context(self.sparsity.armed(training, real))
+            for control in self.controls:
+                arms.enter_context(control.armed(training, real))
             if self.anchor and training:
                 arms.enter_context(self.anchor.armed(real))
             outputs = model(**tensors, use_cache=False)
@@ -164,8 +167,8 @@ class SparsityTrainer(Trainer):
             sums = self.accelerator.reduce(parts) if self._parts else parts
             logs |= {name: value / steps for name, value in zip(self._parts, sums.tolist(), strict=True)}
             self._parts = {}
-            if self.sparsity:
-                logs |= self.sparsity.metrics()
+            for control in self.controls:
+                logs |= control.metrics()
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -176,8 +179,9 @@ class SparsityTrainer(Trainer):
         if resume_from_checkpoint is True:
             last = last_complete_checkpoint(Path(str(self.args.output_dir)))
             resume_from_checkpoint = None if last is None else str(last)
-        if self.sparsity and isinstance(resume_from_checkpoint, str):
-            self.sparsity.load(Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str):
+            for control in self.controls:
+                control.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -185,8 +189,8 @@ class SparsityTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            if self.sparsity:
-                self.sparsity.save(folder)
+            for control in self.controls:
+                control.save(folder)
             write_json(folder / COMPLETE, {"step": self.state.global_step})
 
 

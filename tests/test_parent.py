@@ -1,0 +1,79 @@
+"""Whom fine-tuning distils from: the model itself, its dense control, or another model of the same vocabulary."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONFIGS, save_tiny, tiny_model, tiny_settings, tokenizer
+from transformers import LlamaForCausalLM
+
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import SparseMasks
+from moyu_train.models.loading import load_dense
+from moyu_train.pipeline import Run, run_stage
+from moyu_train.recipe import Recipe
+from moyu_train.training.finetune import training_windows
+from moyu_train.training.stages import read, sparsifier_of
+
+
+def settings_in(folder: Path, parent: str) -> dict:
+    settings = tiny_settings(folder, save_tiny(folder / "model")) | {"predictor": None, "bench": None}
+    settings["finetune"] |= {"parent": parent, "kl_weight": 1.0, "learning_rate": 1e-12}
+    settings["control"] = {"learning_rates": [1e-2]}
+    settings["sparsifier"] = {"gain": 0.0}  # so that the student stays what it is
+    return settings
+
+
+def kl_of_all_steps(run: Run) -> float:
+    lines = (run.stage_folder("finetune") / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+    return sum(json.loads(line)["kl"] for line in lines) / 8
+
+
+@torch.no_grad()
+def expected_kl(run: Run, parent: torch.nn.Module) -> float:
+    """Over all windows, by the definition."""
+    ids, student = training_windows(run, run.recipe.finetune), run.dense()
+    thresholds, _ = read(run.stage_folder("calibrate"))
+    with SparseMasks(student, sparsifier_of(run.recipe, thresholds).rules, None):
+        log_q = student(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    log_p = parent(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def test_the_control_can_be_the_parent(tmp_path: Path) -> None:
+    run = Run(Recipe.model_validate(settings_in(tmp_path, "control")))
+    run_stage(run, "calibrate")
+    with pytest.raises(MoyuError, match="stage 'control' is not finished"):
+        run_stage(run, "finetune")
+    run_stage(run, "control")
+    run_stage(run, "finetune")
+    control = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+    assert kl_of_all_steps(run) == pytest.approx(expected_kl(run, control), rel=1e-3)
+    assert expected_kl(run, control) != pytest.approx(expected_kl(run, run.dense()), rel=0.05)
+
+
+def test_another_model_can_be_the_parent(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    bigger = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "num_hidden_layers": 3})
+    torch.manual_seed(1)
+    LlamaForCausalLM(bigger).save_pretrained(other)
+    tokenizer().save_pretrained(other)
+    run = Run(Recipe.model_validate(settings_in(tmp_path, str(other))))
+    run_stage(run, "calibrate")
+    run_stage(run, "finetune")
+    assert kl_of_all_steps(run) == pytest.approx(expected_kl(run, load_dense(other)), rel=1e-3)
+    LlamaForCausalLM(bigger).save_pretrained(other)
+    assert Run(run.recipe).finished("finetune") is None
+    assert Run(run.recipe).finished("calibrate") is not None
+
+
+def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    config = CONFIGS["llama"].__class__(**{**CONFIGS["llama"].to_dict(), "vocab_size": 300})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(MoyuError, match="vocabulary of 300 tokens and the model one of 259"):
+        Run(Recipe.model_validate(settings_in(tmp_path, str(tmp_path / "other"))))
+    with pytest.raises(ValueError, match="control is null"):
+        Recipe.model_validate(settings_in(tmp_path, "control") | {"control": None})
+    assert tiny_model().config.vocab_size == 259
