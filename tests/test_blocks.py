@@ -7,7 +7,8 @@ from tiny import CONFIGS, tiny_model
 from torch import nn
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import activation_field, base_activation, clear_marker, find_blocks, set_marker
+from moyu_train.models.blocks import find_blocks
+from moyu_train.models.marker import activation_field, base_activation, clear_marker, set_marker
 from moyu_train.models.masking import Masking
 
 LAYOUTS = {"llama": "gated", "phi3": "fused", "gpt2": "plain", "opt": "plain", "mixtral": "experts"}
@@ -59,8 +60,10 @@ def test_unknown_layout_says_what_was_looked_at() -> None:
             super().__init__()
             self.inner = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4)})
 
-    with pytest.raises(MoyuError, match=r"gate_proj/up_proj/down_proj.*module classes seen: ModuleDict, Odd"):
+    with pytest.raises(MoyuError, match=r"found in Odd: .* gate_proj/up_proj/down_proj") as error:
         find_blocks(Odd())
+    assert "\n  inner.a.weight [8, 4] x 1\n" in str(error.value)
+    assert "blocks:\n  - path: inner\n    up: a\n    down: b\n" in str(error.value)
 
 
 def test_blocks_are_found_behind_lora() -> None:
