@@ -58,12 +58,12 @@ def test_unknown_layout_says_what_was_looked_at() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4)})
+            self.inner = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4), "c": nn.Identity()})
 
     with pytest.raises(MoyuError, match=r"found in Odd: .* gate_proj/up_proj/down_proj") as error:
         find_blocks(Odd())
     assert "\n  inner.a.weight [8, 4] x 1\n" in str(error.value)
-    assert "blocks:\n  - path: inner\n    up: a\n    down: b\n" in str(error.value)
+    assert "blocks:\n  - path: inner\n    up: a\n    down: b\n    act: c" in str(error.value)
 
 
 def test_blocks_are_found_behind_lora() -> None:

@@ -45,7 +45,7 @@ def built(case: Case) -> Any:
 
 
 def look(case: Case, model: Any, see: See) -> torch.Tensor:
-    """Logits of a model whose activations go through `see`: none of moyu's code, paths from the table, a loop a token."""
+    """Logits of a model whose activations go through `see`: by hooks and a loop over tokens, nothing of moyu's."""
 
     def hook(index: int) -> Callable[..., Any]:
         return lambda module, args: (see(index, args[0], 0), *args[1:])
@@ -96,10 +96,9 @@ def thresholds_of(case: Case, model: Any) -> list[torch.Tensor]:
 @every
 def test_blocks_are_found(case: Case) -> None:
     blocks = find_blocks(built(case))
-    found = [
-        (b.layout, b.path if b.layout == "experts" else f"{b.path}.{b.down}", b.neurons, b.experts) for b in blocks
-    ]
-    assert found == [tuple(expected) for expected in case.expected]
+    paths = [block.path if block.layout == "experts" else f"{block.path}.{block.down}" for block in blocks]
+    found = [(b.layout, path, b.neurons, b.experts) for b, path in zip(blocks, paths, strict=True)]
+    assert found == case.expected
     assert all(block.hidden == D for block in blocks)
     for block, expected in zip(blocks, case.expected, strict=True):
         size = (expected.experts, expected.neurons) if expected.layout == "experts" else (expected.neurons,)

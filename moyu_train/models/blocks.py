@@ -92,12 +92,14 @@ def _match_experts(path: str, module: Any, up: str, down: str, act: str) -> FFNB
     ups, downs = getattr(module, up), getattr(module, down)
     if (up, down) != ("gate_up_proj", "down_proj") or downs.ndim != 3:
         return f"{path} has experts that are not 3-D parameters gate_up_proj and down_proj"
+    reason = ExpertsSeam.unsupported(module)
+    if reason:
+        return f"{path}: {reason}"
     experts, hidden, neurons = downs.shape
     if ups.shape != (experts, 2 * neurons, hidden):
         said = f"gate_up_proj {list(ups.shape)} and down_proj {list(downs.shape)}"
         return f"{said} of {path} are not [E, 2F, D] and [E, D, F]"
-    reason = ExpertsSeam.unsupported(module)
-    return reason or FFNBlock(path, module, "experts", None, up, down, hidden, neurons, experts, act)
+    return FFNBlock(path, module, "experts", None, up, down, hidden, neurons, experts, act)
 
 
 def find_blocks(model: Any) -> list[FFNBlock]:
@@ -114,7 +116,8 @@ def find_blocks(model: Any) -> list[FFNBlock]:
         if module not in decoder:
             continue
         act = activation_name(module)
-        tried = [_match(path, module, *names, act) for names in PATTERNS if hasattr(module, names[-1])]
+        names_here = [names for names in PATTERNS if all(hasattr(module, name) for name in names if name)]
+        tried = [_match(path, module, *names, act) for names in names_here]
         block = next((result for result in tried if isinstance(result, FFNBlock)), None)
         if block:
             found.append(block)
@@ -161,7 +164,7 @@ def _nothing_found(model: nn.Module, near: list[str]) -> str:
     return (
         f"no FFN block found in {type(model).__name__}: looked for modules with an activation and the projections "
         f"{patterns}, or 3-D expert parameters gate_up_proj/down_proj."
-        + (f" Not quite: {'; '.join(near[:2])}." if near else "")
+        + (f" Not quite: {near[0]}." if near else "")
         + f"\nIts largest weights, with * for the layer, are{weights}\n"
         + "If FFN blocks are there under other names, put their names into the recipe (docs/models.md)"
         + (f"; a guess, to check:\nblocks:\n  - {lines}" if names else ".")

@@ -53,26 +53,24 @@ def largest_weights(model: nn.Module, most: int, without: Container[int] = ()) -
 def guess(model: nn.Module) -> dict[str, str]:
     """The largest module that could be an FFN block under other names, as a recipe's `blocks` has it; {} where none is.
 
-    That is a module with projections D to F and one F to D. Which of two is the gate is a guess by their order.
+    That is a module with an activation, projections D to F and one F to D. Of two, the first is taken for the gate.
     """
     best: tuple[tuple[bool, int], dict[str, str]] = ((False, 0), {})
     for path, module in model.named_modules():
-        shapes = {name: size for name, child in module.named_children() if (size := sizes(child))}
+        act = activation_name(module) or _bare_child(module)
+        shapes = {name: size for name, child in module.named_children() if (size := sizes(child))} if act else {}
         for down, (neurons, hidden) in shapes.items():
             ups = [name for name, size in shapes.items() if size in ((hidden, neurons), (hidden, 2 * neurons))]
             rank = neurons > hidden, hidden * neurons * (len(ups) + 1)
             if neurons != hidden and 1 <= len(ups) <= 2 and rank > best[0]:
                 names = {"gate": ups[0], "up": ups[1]} if len(ups) == 2 else {"up": ups[0]}
-                act = activation_name(module) or _other_child(module, set(shapes))
                 best = rank, {"path": pattern_of(path), **names, "down": down, "act": act}
     return best[1]
 
 
-def _other_child(module: nn.Module, known: set[str]) -> str:
-    """A child without parameters that is not dropout: likely an activation of its own class."""
-    others = [
-        name
-        for name, child in module.named_children()
-        if name not in known and not isinstance(child, nn.Dropout) and not any(True for _ in child.parameters())
-    ]
-    return others[0] if others else "<name of the activation module>"
+def _bare_child(module: nn.Module) -> str:
+    """A child without parameters or children that is not dropout: likely an activation of a class of its own."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Dropout) and not [*child.parameters(), *child.children()]:
+            return name
+    return ""
