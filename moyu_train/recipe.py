@@ -89,6 +89,13 @@ class Block(Section):
     down: str = Field(description="projection back")
     act: str = Field(description="attribute of the module that holds the activation module")
 
+    @model_validator(mode="after")
+    def _distinct(self) -> "Block":
+        names = [name for name in (self.gate, self.up, self.down, self.act) if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"gate, up, down and act have to be different attributes, got {', '.join(names)}")
+        return self
+
 
 class Data(Section):
     train: str = Field("builtin:state-union-train", description="JSON lines, text file, hub id, or builtin:<name>")
