@@ -212,6 +212,15 @@ def test_predictors_are_fitted_or_refused(case: Case, tmp_path: Path) -> None:
     for layer in masks.per_layer():
         assert 0.2 < layer["selected"] < 0.8
         assert layer["mass_kept"] > layer["selected"] + 0.15, "no better than chance"
+    for predictor in predictors:
+        predictor["bias"] -= 0.9
+    export(model, tokenizer(), tmp_path / "sparse", "threshold", rule.rules, predictors, "lowbit")
+    sparse = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    few = IDS[:1, :8]  # as many rows as the ops take: more would run densely
+    with SparseMasks(model, rule.rules, predictors), torch.no_grad():
+        expected = model(few, use_cache=False).logits
+    torch.testing.assert_close(sparse(few, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    assert sum(int(m.counts[2]) for m in sparse.modules() if isinstance(m, moyu_kernels.SparseGatedFFN)) > 0
 
 
 @every
@@ -259,6 +268,8 @@ def test_an_export_comes_back_and_computes_the_same(case: Case, tmp_path: Path) 
     native = sum(isinstance(module, moyu_kernels.SparseGatedFFN) for module in sparse.modules())
     assert native == sum(block.layout == "gated" for block in case.expected)
     torch.testing.assert_close(sparse(IDS, use_cache=False).logits, expected, rtol=1e-3, atol=1e-3)
+    few = sparse(IDS[:1, :8], use_cache=False).logits  # through the ops, which take up to 8 rows
+    torch.testing.assert_close(few, expected[:1, :8], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -119,3 +119,19 @@ CASES = {
         described=({"path": "transformer.h.*.mlp", "up": "fc_in", "down": "fc_out", "act": "act"},),
     ),
 }
+
+
+def table() -> str:
+    """The table of docs/models.md; `python tests/zoo.py` prints it."""
+    lines = ["| architecture | FFN blocks of a layer | config field with the marker | kernels |", "|---|---|---|---|"]
+    for name, case in CASES.items():
+        layers = {" and ".join(f"`{block.layout}`" for block in layer): None for layer in (case.first, case.blocks)}
+        found = ", then ".join(filter(None, layers)) + (", described" if case.described else "")
+        layouts = {block.layout for block in (*case.first, *case.blocks)}
+        kernels = "yes" if layouts == {"gated"} else "of the `gated` ones" if "gated" in layouts else "simulated"
+        lines.append(f"| {name} | {found} | `{case.field}` | {kernels} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -57,10 +57,11 @@ def _activation(config: Any) -> tuple[str | None, str | None, str]:
 
 
 def _row(block: FFNBlock, act: str | None, parameters: int) -> dict[str, Any]:
-    reason = simulated_because(block.module, block.describe(), act or "", Rule(torch.zeros(())))
+    activation = act or (type(block.activation()).__name__ if block.act else "")
+    reason = simulated_because(block.module, block.describe(), activation, Rule(torch.zeros(())))
     return {
         **block.describe(),
-        "activation": act or (type(block.activation()).__name__ if block.act else ""),
+        "activation": activation,
         "share": sum(weight.numel() for weight in block.stored()) / parameters,
         "kernels": not reason,
         "simulated_because": reason,
