@@ -15,6 +15,7 @@ from moyu_train.cli import main
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import describe_blocks, find_blocks
 from moyu_train.models.inspection import inspect
+from moyu_train.pipeline import Run
 from moyu_train.recipe import Recipe, RecipeError, load_recipe
 
 GPTJ = CASES["GPT-J"]
@@ -75,6 +76,7 @@ def test_what_is_not_found_is_refused_with_a_description_that_works(
     ("described", "message"),
     [
         ({"path": "transformer.x.*.mlp"}, r"no module of GPTJForCausalLM matches the path 'transformer\.x\.\*\.mlp'"),
+        ({"path": "transformer.*.mlp"}, r"matches the path 'transformer\.\*\.mlp' \(\* stands for one name\)"),
         ({"up": "fc1"}, r"transformer\.h\.0\.mlp has no fc1; correct the names"),
         ({"act": "gelu"}, r"transformer\.h\.0\.mlp has no activation module gelu"),
         ({"up": "fc_out", "down": "fc_in"}, None),  # a wide FFN the wrong way round has the right shapes
@@ -129,6 +131,11 @@ def test_a_description_goes_all_the_way(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
     for verb in ("calibrate", "finetune", "export", "verify"):
         assert main([verb, str(tmp_path / "recipe.yaml")]) == 0
+    described = load_recipe(str(tmp_path / "recipe.yaml"))
+    other = described.model_copy(update={"blocks": (described.blocks[0].model_copy(update={"up": "other"}),)})
+    run = Run(described)
+    assert run.finished("calibrate")
+    assert run.key_of("calibrate", other) != run.key("calibrate"), "stages of another description would be reused"
     folder = tmp_path / "run" / "export" / "checkpoint"
     config = json.loads((folder / "config.json").read_text())
     assert [block["path"] for block in config["moyu"]["blocks"]] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
