@@ -4,6 +4,7 @@ from typing import Any
 
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import describe_blocks
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
@@ -22,6 +23,7 @@ def sparsify(model: Any, recipe: Recipe, documents: Documents) -> SparsityContro
     """
     if recipe.penalty:
         raise MoyuError("sparsify holds a rule only; train with moyu_train's SparsityTrainer to use recipe.penalty")
+    describe_blocks(model.config, recipe.described)
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     density = 1 - recipe.target_sparsity
     rule = calibrate_rule(model, cls, options, density, documents, recipe.calibrate.tokens, passes=2)

@@ -61,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("recipe", help="recipe, or a model for the defaults")
     routes = verb("collect", "one table of several finished runs, and their rows with --json")
     routes.add_argument("runs", nargs="+", help="run folders")
+    look = verb("inspect", "the FFN blocks that are found in a model, from its config alone")
+    look.add_argument("recipe", help="model, or a recipe, whose `blocks` are then used")
     verb("env", "versions and hardware, for bug reports")
     return parser
 
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, or 1 after an error that the user can act on (2 for usage)."""
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("run", "step-cost", *STAGE_VERBS):
+    if rest and known.verb not in ("run", "step-cost", "inspect", *STAGE_VERBS):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
@@ -104,6 +106,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
     recipe = load_recipe(known.recipe, rest)
     if known.verb == "step-cost":
         return _step_cost(recipe)
+    if known.verb == "inspect":
+        return _inspect(recipe)
     if known.verb == "run" and known.dry_run:
         print(json.dumps(recipe.model_dump(mode="json"), indent=1))
         return recipe.model_dump(mode="json")
@@ -129,6 +133,15 @@ def _step_cost(recipe: Recipe) -> dict[str, Any]:
 
     figures = step_cost(recipe)
     print_figures("step-cost", figures)
+    return figures
+
+
+def _inspect(recipe: Recipe) -> dict[str, Any]:
+    from moyu_train.analysis.tables import print_inspection
+    from moyu_train.models.inspection import inspect
+
+    figures = inspect(recipe)
+    print_inspection(figures)
     return figures
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from moyu_kernels.loading import simulated_because
 
 from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks, find_inputs
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
+from moyu_train.models.marker import base_activation, check_marker
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
@@ -122,11 +124,12 @@ class Run:
 
     @cached_property
     def skeleton(self) -> Any:
-        return skeleton(self.source)
+        return skeleton(self.source, self.recipe.described)
 
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
         blocks = find_blocks(self.skeleton)
+        check_marker(self.skeleton.config)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
         cls.check(blocks)
         if self.recipe.inputs:
@@ -139,6 +142,14 @@ class Run:
                 "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or the "
                 "sparsifier 'threshold' or 'relu'"
             )
+        act = rule.stock_activation or base_activation(self.skeleton.config)
+        for block in blocks if self.recipe.bench or self.recipe.predictor else []:
+            reason = simulated_because(block.module, block.describe(), act, rule)
+            if reason:
+                raise MoyuError(
+                    f"the kernels cannot skip anything in {block.path}, since {reason}: there is no speed to measure; "
+                    "use predictor: null and bench: null (--predictor null --bench null)"
+                )
         if self.recipe.predictor is None:
             return
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
@@ -203,7 +214,7 @@ class Run:
         return self._documents(self.recipe.data.test, None, 2)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
-        return load_dense(self.source, dtype)
+        return load_dense(self.source, dtype, self.recipe.described)
 
     def parent(self) -> Any:
         """The dense model that fine-tuning distils from."""
@@ -241,6 +252,8 @@ class Run:
     def key_of(self, name: str, recipe: Recipe) -> str:
         """The key that a stage would have with another recipe on the same model and text."""
         parts = [__version__, name, self.inputs_digest, recipe.digest(*KEEP, *STAGES[name].sections)]
+        if recipe.blocks:
+            parts.append(recipe.digest("blocks"))
         if recipe.delta and "delta" in STAGES[name].sections and (Path(recipe.delta) / MANIFEST).is_file():
             parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
         if recipe.finetune.parent not in ("", CONTROL) and "finetune" in STAGES[name].sections:

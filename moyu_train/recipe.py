@@ -7,7 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -80,6 +80,23 @@ class Penalty(Method):
             raise ValueError(
                 "penalty.adaptive moves one coefficient above 0 that it starts from; give a number above 0"
             )
+        return self
+
+
+class Block(Section):
+    """FFN blocks of an architecture whose names moyu does not know; their layout is told by their shapes."""
+
+    path: str = Field(pattern=r"^[\w*]+(\.[\w*]+)*$", description="of the modules, * for any one name in it")
+    gate: str | None = Field(None, description="projection under the activation, where `up` is another one")
+    up: str = Field(description="projection to the neurons; of twice their number it holds gate and up")
+    down: str = Field(description="projection back")
+    act: str = Field(description="attribute of the module that holds the activation module")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Block":
+        names = [name for name in (self.gate, self.up, self.down, self.act) if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"gate, up, down and act have to be different attributes, got {', '.join(names)}")
         return self
 
 
@@ -218,6 +235,7 @@ class Recipe(Section):
     run: str = Field("", description="run folder; default runs/<recipe name>")
     seed: int = 0
     target_sparsity: float = Field(0.6, gt=0, lt=1, description="share of neurons off per token under the rule")
+    blocks: tuple[Block, ...] = Field((), description="FFN blocks, where they are not found by structure")
     data: Data = Data()
     analyze: Analyze = Analyze()
     sparsifier: Method = Method(name="threshold")
@@ -256,6 +274,11 @@ class Recipe(Section):
             _known("penalty", self.penalty.name, PENALTIES)
         return self
 
+    @property
+    def described(self) -> list[dict[str, str | None]]:
+        """The descriptions in `blocks`, as data."""
+        return [block.model_dump() for block in self.blocks]
+
     def digest(self, *sections: str) -> str:
         """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe."""
         dump = self.model_dump(mode="json")
@@ -275,11 +298,16 @@ def nearest(word: str, words: Any) -> str:
 
 def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        model = annotation
+        if part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings class in an annotation such as `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section(part))), None)
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

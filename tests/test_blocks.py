@@ -5,9 +5,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_model
 from torch import nn
+from transformers import BloomConfig
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import activation_field, base_activation, clear_marker, find_blocks, set_marker
+from moyu_train.models.blocks import find_blocks
+from moyu_train.models.marker import activation_field, base_activation, check_marker, clear_marker, set_marker
 from moyu_train.models.masking import Masking
 
 LAYOUTS = {"llama": "gated", "phi3": "fused", "gpt2": "plain", "opt": "plain", "mixtral": "experts"}
@@ -57,10 +59,12 @@ def test_unknown_layout_says_what_was_looked_at() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4)})
+            self.inner = nn.ModuleDict({"a": nn.Linear(4, 8), "b": nn.Linear(8, 4), "c": nn.Identity()})
 
-    with pytest.raises(MoyuError, match=r"gate_proj/up_proj/down_proj.*module classes seen: ModuleDict, Odd"):
+    with pytest.raises(MoyuError, match=r"found in Odd: .* gate_proj/up_proj/down_proj") as error:
         find_blocks(Odd())
+    assert "\n  inner.a.weight [8, 4] x 1\n" in str(error.value)
+    assert "blocks:\n  - path: inner\n    up: a\n    down: b\n    act: c" in str(error.value)
 
 
 def test_blocks_are_found_behind_lora() -> None:
@@ -90,3 +94,36 @@ def test_a_family_without_an_activation_field_is_refused() -> None:
 
     with pytest.raises(MoyuError, match="no activation field"):
         activation_field(Config())
+
+
+def test_a_field_that_stock_code_does_not_read_is_refused() -> None:
+    config = BloomConfig(hidden_size=32, n_layer=1, n_head=2, hidden_act="gelu")  # Bloom's activation is fixed
+    with pytest.raises(MoyuError, match="stock code does not read 'hidden_act' of BloomConfig"):
+        check_marker(config)
+
+
+def test_experts_keep_a_gate_of_their_own() -> None:
+    model = tiny_model("mixtral")
+    model.set_experts_implementation("batched_mm")  # asks `_apply_gate`, as our loop does
+    unclamped = model(IDS).logits
+    for block in find_blocks(model):
+        experts = block.module
+
+        def gated(x: torch.Tensor, act: nn.Module = experts.act_fn) -> torch.Tensor:
+            gate, up = x.chunk(2, dim=-1)
+            return act(gate.clamp(max=0.1)) * up.clamp(-0.1, 0.1)
+
+        experts._apply_gate = gated
+    clamped = model(IDS).logits
+    assert not torch.allclose(clamped, unclamped, atol=1e-3)
+    with Masking(find_blocks(model), lambda layer, a, expert: None):
+        torch.testing.assert_close(model(IDS).logits, clamped, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["has_bias", "is_transposed", "has_post_expert_norm"])
+def test_experts_that_the_loop_would_not_compute_are_no_blocks(flag: str) -> None:
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        setattr(layer.mlp.experts, flag, True)
+    with pytest.raises(MoyuError, match=r"Not quite: model\.layers\.0\.mlp\.experts: MixtralExperts: experts with"):
+        find_blocks(model)

@@ -5,8 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
+from zoo import CASES, table
 
 from moyu_train.cli import build_parser
+from moyu_train.models.blocks import PATTERNS
 from moyu_train.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +52,25 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (path.parent / target).exists(), target
+
+
+def test_the_table_of_architectures_is_that_of_the_tests() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    written = re.search(r"<!-- python tests/zoo\.py -->\n(.*?)\n<!-- end -->", text, re.DOTALL)
+    assert written
+    assert written[1] == table(), "run `python tests/zoo.py` and put its table into docs/models.md"
+
+
+def test_patterns_in_the_docs_are_those_of_the_search() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for names in PATTERNS:
+        assert ", ".join(f"`{name}`" for name in names if name) in text, names
+
+
+def test_the_description_in_the_docs_is_one_that_works() -> None:
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert settings == {"blocks": list(CASES["GPT-J"].described)}
 
 
 def test_kernels_folder_does_not_shadow_the_package_of_that_name() -> None:

@@ -107,16 +107,16 @@ def test_unknown_layout(tmp_path: Path, settings: dict[str, Any], capsys: pytest
     from transformers import BloomConfig, BloomForCausalLM
 
     model = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=32, n_layer=1, n_head=2))
-    for module in model.modules():
-        if hasattr(module, "gelu_impl"):
-            del module.gelu_impl  # an FFN without an activation module is none that we know
-            module.gelu_impl = lambda x: x
     model.save_pretrained(tmp_path / "bloom")
     tokenizer().save_pretrained(tmp_path / "bloom")
     settings["model"] = str(tmp_path / "bloom")
     error = fails(tmp_path, settings, capsys)
     assert "no FFN block found" in error
-    assert "BloomMLP" in error
+    assert "transformer.h.*.mlp.dense_h_to_4h.weight [128, 32] x 1" in error
+    described = {"path": "transformer.h.*.mlp", "up": "dense_h_to_4h", "down": "dense_4h_to_h", "act": "gelu_impl"}
+    assert "\n".join(f"{key}: {value}" for key, value in described.items()) in error.replace("    ", "")
+    settings["blocks"] = [described]
+    assert "BloomConfig has no activation field" in fails(tmp_path, settings, capsys)
 
 
 def test_more_memory_than_there_is(

@@ -12,6 +12,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 
@@ -40,8 +41,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str = "llama") -> torch.nn.Module:
+    return randomised(CONFIGS[family])
+
+
+def randomised(config: PreTrainedConfig) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family])).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     with torch.no_grad():  # the default init is so small that all layouts compute nearly the same
         for parameter in model.parameters():
             if parameter.ndim > 1:

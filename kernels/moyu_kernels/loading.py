@@ -204,24 +204,14 @@ def _install(
         module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
-    act = ACTIVATIONS.get(act_name)
-    projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"]) if name}
-    reason = f"layout {layout!r} has no op"
-    if layout == "gated":
-        if not rule.native:
-            reason = f"rule {rule.describe()} has no op"
-        elif act is None:
-            reason = f"activation {act_name!r} has no op"
-        elif any(type(p) is not nn.Linear or p.bias is not None for p in projections.values()):
-            reason = "its projections are not plain linear layers without biases"
-        elif not _is_gated_ffn(module, list(projections.values()), act):
-            reason = "it computes more than down(act(gate(x)) * up(x))"
-        else:
-            device = next(iter(projections.values())).weight.device
-            ffn = SparseGatedFFN(projections, act, rule.threshold, predictor, mode, resolve_backend(backend, device))
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, ffn)
-            return
+    reason = simulated_because(module, block, act_name, rule)
+    if not reason:
+        projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
+        backend = resolve_backend(backend, next(iter(projections.values())).weight.device)
+        ffn = SparseGatedFFN(projections, ACTIVATIONS[act_name], rule.threshold, predictor, mode, backend)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, ffn)
+        return
     names = {"act": block.get("act", ""), "up": block["up"], "down": block["down"]}
     if mode == "dense":
         if rule.substitutes:
@@ -242,6 +232,25 @@ def _install_inputs(folder: Path, model: nn.Module, inputs: dict[str, Any], stat
             raise CheckpointError(f"{folder}: the config names {path}, which the model lacks: {error}") from error
     if inputs["paths"]:
         logger.warning("moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped", index + 1)
+
+
+def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: Rule) -> str:
+    """Why no op computes an FFN block, so that it runs under a mask after a dense matmul; empty where one does.
+
+    Args: block: as `blocks` of a checkpoint has it; act_name: transformers' name of the activation.
+    """
+    if block["layout"] != "gated":
+        return f"layout {block['layout']!r} has no op"
+    if not rule.native:
+        return f"rule {rule.describe()} has no op"
+    if act_name not in ACTIVATIONS:
+        return f"activation {act_name!r} has no op"
+    projections = [getattr(module, block[name]) for name in ("gate", "up", "down")]
+    if any(type(p) is not nn.Linear or p.bias is not None for p in projections):
+        return "its projections are not plain linear layers without biases"
+    if not projections[0].weight.is_meta and not _is_gated_ffn(module, projections, ACTIVATIONS[act_name]):
+        return "it computes more than down(act(gate(x)) * up(x))"
+    return ""
 
 
 @torch.no_grad()

@@ -66,18 +66,31 @@ class ExpertsSeam:
     There is no projection module to hook, so the instance's `forward` is replaced by the plain loop over experts.
 
     Args:
-        experts: a module with `gate_up_proj` `[E, 2F, D]`, `down_proj` `[E, D, F]` and `act_fn`, gate and up
-            concatenated, without biases. Anything else is refused.
+        experts: a module with `gate_up_proj` `[E, 2F, D]` and `down_proj` `[E, D, F]`, whose `_apply_gate` makes an
+            expert's activation of gate and up, as transformers' experts have it. Anything else is refused.
         transform: gets the activation `[N, F]` and the expert's index, returns the activation.
+
+    Raises: ValueError for what `unsupported` names.
     """
 
     def __init__(self, experts: Any, transform: Callable[[Tensor, int], Tensor]) -> None:
-        if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
-            raise ValueError(f"{type(experts).__name__}: experts with biases or transposed weights are not supported")
-        if not getattr(experts, "has_gate", True) or not getattr(experts, "is_concatenated", True):
-            raise ValueError(f"{type(experts).__name__}: experts need a gate, concatenated with up as [gate; up]")
+        reason = self.unsupported(experts)
+        if reason:
+            raise ValueError(reason)
         self._experts, self._transform = experts, transform
         experts.forward = MethodType(self._forward, experts)
+
+    @staticmethod
+    def unsupported(experts: Any) -> str:
+        """Why the loop over experts would not compute what this module does; empty where it would."""
+        name = type(experts).__name__
+        if getattr(experts, "has_bias", False) or getattr(experts, "is_transposed", False):
+            return f"{name}: experts with biases or transposed weights are not supported"
+        if getattr(experts, "has_post_expert_norm", False):
+            return f"{name}: experts with a norm of their own behind them are not supported"
+        if not getattr(experts, "has_gate", True) or not hasattr(experts, "_apply_gate"):
+            return f"{name}: experts need a gate, and `_apply_gate` to say how it acts"
+        return ""
 
     def _forward(self, experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden `[N, D]`, top_k_index and top_k_weights `[N, k]`; returns `[N, D]`."""
@@ -86,8 +99,8 @@ class ExpertsSeam:
             if expert >= len(experts.down_proj):
                 continue  # index E marks a slot that expert parallelism gives to another rank
             token, place = torch.where(top_k_index == expert)
-            gate, up = functional.linear(hidden[token], experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            a = self._transform(experts.act_fn(gate) * up, expert)
+            a = experts._apply_gate(functional.linear(hidden[token], experts.gate_up_proj[expert]))
+            a = self._transform(a, expert)
             y = functional.linear(a, experts.down_proj[expert]) * top_k_weights[token, place, None]
             result.index_add_(0, token, y.to(result.dtype))
         return result

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moyu_train.models.structure import pattern_of
+
 console = Console()
 
 
@@ -81,6 +83,29 @@ def speed_table(result: dict[str, Any]) -> Table:
         f"Bandwidth of this machine in this run: {result['bandwidth_gb_s']:.1f} GB/s."
     )
     return table
+
+
+def print_inspection(figures: dict[str, Any]) -> None:
+    """FFN blocks of a model, those of all layers that are alike in one row, and what is in none of them."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    names = ("layout", "hidden", "neurons", "experts", "activation", "simulated_because")
+    for row in figures["blocks"]:
+        alike.setdefault((pattern_of(row["path"]), *(row[name] for name in names)), []).append(row)
+    table = Table(title=f"{figures['model']}, {figures['parameters'] / 1e6:.1f} million parameters")
+    table.add_column("FFN blocks", overflow="fold")
+    for name in ("number", "layout", "D", "F", "E", "share", "kernels"):
+        table.add_column(name, justify="left" if name in ("layout", "kernels") else "right")
+    for (path, layout, hidden, neurons, experts, _, reason), rows in alike.items():
+        cells = [path, str(len(rows)), layout, str(hidden), str(neurons), str(experts)]
+        table.add_row(*cells, _share(sum(row["share"] for row in rows)), "simulated" if reason else "yes")
+    console.print(table)
+    for reason in dict.fromkeys(row["simulated_because"] for row in figures["blocks"] if row["kernels"] is False):
+        console.print(f"simulated (masked after a dense matmul, nothing is skipped): {reason}")
+    others = ", ".join(f"{row['weight']} {_share(row['share'])}" for row in figures["others"])
+    console.print(f"{_share(figures['share'])} of the parameters are in FFN blocks; largest outside: {others}")
+    activations = ", ".join(dict.fromkeys(row["activation"] for row in figures["blocks"]))
+    place = f"config field {figures['field']}" if figures["field"] else figures["export"]
+    console.print(f"activation {activations} ({place})")
 
 
 def print_figures(verb: str, figures: dict[str, Any]) -> None:

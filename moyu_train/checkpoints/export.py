@@ -14,14 +14,8 @@ from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
-from moyu_train.models.blocks import (
-    activation_field,
-    base_activation,
-    clear_marker,
-    ffn_sha256,
-    find_blocks,
-    set_marker,
-)
+from moyu_train.models.blocks import describe_blocks, ffn_sha256, find_blocks
+from moyu_train.models.marker import activation_field, base_activation, clear_marker, set_activation, set_marker
 from moyu_train.models.state import (
     predictors_from_tensors,
     predictors_to_tensors,
@@ -68,10 +62,11 @@ def export(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if known:
-            setattr(config, field, known)
+            set_activation(config, known)
         else:
             set_marker(config, name)
         config.architectures = [f"Moyu{architecture}" for architecture in stock]
+        described = (getattr(config, "moyu", None) or {}).get("described", ())
         config.moyu = {
             "format_version": FORMAT_VERSION,
             "rule": name,
@@ -83,6 +78,7 @@ def export(
             "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, "selected": selected} if predictors else None,
         }
+        describe_blocks(config, described)
         config.save_pretrained(temporary)
         (temporary / "moyu").mkdir()
         save_file(tensors, temporary / STATE)

@@ -1,22 +1,29 @@
 """Finds the FFN blocks of a decoder by structure (attribute names, shapes, activation), never by class name."""
 
-import functools
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from moyu_kernels.seam import ExpertsSeam
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from moyu_train.errors import MoyuError
+from moyu_train.models.structure import activation_name, base_layer, guess, largest_weights, sizes
 
-GATED = [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")]
-FUSED = [("gate_up_proj", "down_proj")]
-PLAIN = [("fc1", "fc2"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj")]
-ACTIVATION_FIELDS = ("hidden_activation", "hidden_act", "activation_function", "activation")
+# (gate, up, down). The layout is told by the shapes: an `up` of twice the neurons is gate and up in one.
+PATTERNS: tuple[tuple[str | None, str, str], ...] = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    (None, "gate_up_proj", "down_proj"),
+    (None, "fc1", "fc2"),
+    (None, "c_fc", "c_proj"),
+    (None, "dense_h_to_4h", "dense_4h_to_h"),
+    (None, "up_proj", "down_proj"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,14 @@ class FFNBlock:
         names = ("path", "layout", "gate", "up", "down", "neurons", "hidden", "experts", "act")
         return {name: getattr(self, name) for name in names}
 
+    def stored(self) -> list[nn.Parameter]:
+        """The parameters of the FFN's matrices: gate (if any), up, down."""
+        parts = [getattr(self.module, name) for name in (self.gate, self.up, self.down) if name]
+        return parts if self.layout == "experts" else [base_layer(part).weight for part in parts]
+
     def weights(self) -> list[Tensor]:
         """The FFN's weight matrices as stored, gate (if any), up, down."""
-        names = [name for name in (self.gate, self.up, self.down) if name]
-        if self.layout == "experts":
-            return [getattr(self.module, name).detach() for name in names]
-        return [base_layer(getattr(self.module, name)).weight.detach() for name in names]
+        return [weight.detach() for weight in self.stored()]
 
     def activation(self) -> nn.Module:
         module: nn.Module = getattr(self.module, self.act)
@@ -58,85 +67,70 @@ class FFNBlock:
         return down.norm(dim=1) if isinstance(base_layer(getattr(self.module, self.down)), Conv1D) else down.norm(dim=0)
 
 
-def base_layer(module: Any) -> Any:
-    """The projection below a PEFT wrapper, or the projection itself."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+def _match(path: str, module: Any, gate: str | None, up: str, down: str, act: str) -> FFNBlock | str:
+    """The block that these names make of a module, its layout by their shapes; or why they make none."""
+    parts = {name: getattr(module, name, None) for name in (gate, up, down) if name}
+    missing = [name for name, part in parts.items() if part is None]
+    if missing:
+        return f"{path} has no {', '.join(missing)}"
+    if isinstance(parts[up], nn.Parameter):
+        return _match_experts(path, module, up, down, act)
+    if not isinstance(getattr(module, act, None), nn.Module):
+        return f"{path} has no activation module {act}".strip()
+    shapes = {name: sizes(part) for name, part in parts.items()}
+    hidden_neurons = (shapes[down] or (0, 0))[::-1]
+    layout = "gated" if gate else "plain"
+    if not gate and shapes[up] == (hidden_neurons[0], 2 * hidden_neurons[1]):
+        layout = "fused"
+    elif any(shape != hidden_neurons for name, shape in shapes.items() if name != down):
+        said = ", ".join(f"{name} {list(shape) if shape else 'not linear'}" for name, shape in shapes.items())
+        return f"the projections (in, out) of {path} do not make an FFN block: {said}"
+    return FFNBlock(path, module, layout, gate, up, down, *hidden_neurons, act=act)
 
 
-def _sizes(projection: Any) -> tuple[int, int] | None:
-    """(in, out) of a linear projection, None for anything else."""
-    projection = base_layer(projection)
-    if isinstance(projection, nn.Linear):
-        return projection.in_features, projection.out_features
-    if isinstance(projection, Conv1D):
-        return projection.nx, projection.nf
-    return None
+def _match_experts(path: str, module: Any, up: str, down: str, act: str) -> FFNBlock | str:
+    ups, downs = getattr(module, up), getattr(module, down)
+    if (up, down) != ("gate_up_proj", "down_proj") or downs.ndim != 3:
+        return f"{path} has experts that are not 3-D parameters gate_up_proj and down_proj"
+    reason = ExpertsSeam.unsupported(module)
+    if reason:
+        return f"{path}: {reason}"
+    experts, hidden, neurons = downs.shape
+    if ups.shape != (experts, 2 * neurons, hidden):
+        said = f"gate_up_proj {list(ups.shape)} and down_proj {list(downs.shape)}"
+        return f"{said} of {path} are not [E, 2F, D] and [E, D, F]"
+    return FFNBlock(path, module, "experts", None, up, down, hidden, neurons, experts, act)
 
 
-def _match_linear(path: str, module: nn.Module) -> FFNBlock | None:
-    children = dict(module.named_children())
-    act = _activation_name(module)
-    for layout, patterns in (("gated", GATED), ("fused", FUSED), ("plain", PLAIN)):
-        for names in patterns:
-            if not act or not all(name in children for name in names):
-                continue
-            ups, down = [_sizes(children[name]) for name in names[:-1]], _sizes(children[names[-1]])
-            if down is None or None in ups:
-                continue
-            neurons, hidden = down
-            width = 2 * neurons if layout == "fused" else neurons
-            if any(size != (hidden, width) for size in ups):
-                continue
-            gate = names[0] if layout == "gated" else None
-            return FFNBlock(path, module, layout, gate, names[-2], names[-1], hidden, neurons, act=act)
-    return None
+def find_blocks(model: Any) -> list[FFNBlock]:
+    """All FFN blocks of a model's decoder, in order: as `describe_blocks` put them on its config, else by structure.
 
-
-def _activation_name(module: nn.Module) -> str:
-    return next((name for name, child in module.named_children() if isinstance(child, _activation_classes())), "")
-
-
-@functools.cache
-def _activation_classes() -> tuple[type, ...]:
-    return tuple({entry[0] if isinstance(entry, tuple) else entry for entry in dict.values(ACT2FN)})
-
-
-def _match_experts(path: str, module: nn.Module) -> FFNBlock | None:
-    parameters = dict(module.named_parameters(recurse=False))
-    up, down = parameters.get("gate_up_proj"), parameters.get("down_proj")
-    if up is None or down is None or up.ndim != 3 or down.ndim != 3:
-        return None
-    experts, hidden, neurons = down.shape
-    if up.shape != (experts, 2 * neurons, hidden):
-        return None
-    act = _activation_name(module)
-    return FFNBlock(path, module, "experts", None, "gate_up_proj", "down_proj", hidden, neurons, experts, act)
-
-
-def find_blocks(model: nn.Module) -> list[FFNBlock]:
-    """All FFN blocks of a model, in order.
-
-    Raises: MoyuError where nothing matched, listing what was looked at.
+    Raises: MoyuError where nothing matched, listing what was looked at, or where a description does not fit.
     """
-    found = []
+    described = (getattr(getattr(model, "config", None), "moyu", None) or {}).get("described")
+    if described:
+        return _described_blocks(model, described)
+    decoder = set((model.get_decoder() if hasattr(model, "get_decoder") else model).modules())  # no image encoders
+    found, near = [], []
     for path, module in model.named_modules():
-        block = _match_linear(path, module) or _match_experts(path, module)
+        if module not in decoder:
+            continue
+        act = activation_name(module)
+        names_here = [names for names in PATTERNS if all(hasattr(module, name) for name in names if name)]
+        tried = [_match(path, module, *names, act) for names in names_here]
+        block = next((result for result in tried if isinstance(result, FFNBlock)), None)
         if block:
             found.append(block)
+        elif tried:
+            near.append(tried[0])
     if not found:
-        seen = sorted({type(module).__name__ for module in model.modules() if list(module.children())})
-        patterns = ", ".join("/".join(names) for names in [*GATED, *FUSED, *PLAIN])
-        raise MoyuError(
-            f"no FFN block found in {type(model).__name__}: looked for modules with an activation and the projections "
-            f"{patterns}, or 3-D expert parameters gate_up_proj/down_proj; module classes seen: {', '.join(seen)}. "
-            "Add the pattern to moyu_train/models/blocks.py if the layout is one of these under other names."
-        )
+        raise MoyuError(_nothing_found(model, [str(reason) for reason in near]))
     return found
 
 
 def linear_block(model: nn.Module, path: str) -> FFNBlock:
     """The linear layer at `path` as a block of its own."""
-    size = _sizes(model.get_submodule(path))
+    size = sizes(model.get_submodule(path))
     assert size  # callers name linear layers
     parent, _, name = path.rpartition(".")
     return FFNBlock(path, model.get_submodule(parent), "linear", None, name, name, size[1], size[0])
@@ -150,7 +144,7 @@ def find_inputs(model: nn.Module, pattern: str) -> list[FFNBlock]:
     inside = {f"{block.path}.{name}" for block in find_blocks(model) for name in (block.gate, block.up, block.down)}
     found = []
     for path, module in model.named_modules():
-        size = _sizes(module)
+        size = sizes(module)
         if size is None or not re.search(pattern, path):
             continue
         if path in inside:
@@ -160,41 +154,52 @@ def find_inputs(model: nn.Module, pattern: str) -> list[FFNBlock]:
             )
         found.append(linear_block(model, path))
     if not found:
-        linear = [path for path, module in model.named_modules() if _sizes(module)]
+        linear = [path for path, module in model.named_modules() if sizes(module)]
         raise MoyuError(f"inputs.modules {pattern!r} matches no linear layer; there are {', '.join(linear[:8])}, …")
     return found
 
 
-def activation_field(config: Any) -> str:
-    """Name of the config field that holds the activation.
+def describe_blocks(config: Any, described: Sequence[Mapping[str, str | None]]) -> None:
+    """Put a recipe's `blocks` on a config: `find_blocks` reads them there, and every checkpoint carries them."""
+    if described:
+        config.moyu = {**(getattr(config, "moyu", None) or {}), "described": [dict(names) for names in described]}
 
-    Raises: MoyuError where the family has none, since then stock code could not be stopped from answering nonsense.
-    """
-    for name in ACTIVATION_FIELDS:
-        if isinstance(getattr(config, name, None), str):
-            return name
-    raise MoyuError(
-        f"{type(config).__name__} has no activation field (looked for {', '.join(ACTIVATION_FIELDS)}), so a sparse "
-        "checkpoint could be loaded densely without notice; this family cannot be exported"
+
+def _described_blocks(model: nn.Module, described: Sequence[Mapping[str, str]]) -> list[FFNBlock]:
+    """Raises: MoyuError where a path matches no module, or a module is not the block that its names say."""
+    found = {}
+    modules = list(model.named_modules())
+    for names in described:
+        # In front of a path may stand what wrappers add, such as peft's base_model.model.
+        pattern = r"(.+\.)?" + re.escape(names["path"]).replace(r"\*", r"[^.]+")
+        matches = [(path, module) for path, module in modules if re.fullmatch(pattern, path)]
+        if not matches:
+            weights = ", ".join(path for path, *_ in largest_weights(model, 8))
+            raise MoyuError(
+                f"blocks: no module of {type(model).__name__} matches the path {names['path']!r} (* stands for one "
+                f"name); its largest weights are {weights}"
+            )
+        for path, module in matches:
+            block = _match(path, module, names.get("gate"), names["up"], names["down"], names["act"])
+            if isinstance(block, str):
+                raise MoyuError(f"blocks: {block}; correct the names, or the path {names['path']!r}")
+            found[path] = block
+    return [found[path] for path, _ in modules if path in found]
+
+
+def _nothing_found(model: nn.Module, near: list[str]) -> str:
+    patterns = ", ".join("/".join(filter(None, names)) for names in PATTERNS)
+    weights = "".join(f"\n  {path} {shape} x {count}" for path, shape, count in largest_weights(model, 8))
+    names = guess(model)
+    lines = "\n    ".join(f"{key}: {value}" for key, value in names.items())
+    return (
+        f"no FFN block found in {type(model).__name__}: looked for modules with an activation and the projections "
+        f"{patterns}, or 3-D expert parameters gate_up_proj/down_proj."
+        + (f" Not quite: {near[0]}." if near else "")
+        + f"\nIts largest weights, with * for the layer, are{weights}\n"
+        + "If FFN blocks are there under other names, put their names into the recipe (docs/models.md)"
+        + (f"; a guess, to check:\nblocks:\n  - {lines}" if names else ".")
     )
-
-
-def set_marker(config: Any, rule: str) -> None:
-    """Put the marker on a live config: stock transformers refuses the saved model with a KeyError that prints it."""
-    name = activation_field(config)
-    base = getattr(config, name)
-    if not base.startswith("moyu:"):
-        setattr(config, name, f"moyu:{rule}:{base} (load with moyu_kernels.from_pretrained)")
-
-
-def base_activation(config: Any) -> str:
-    """The activation's stock name, whether or not the marker is on."""
-    value = getattr(config, activation_field(config))
-    return value.split(":")[2].split(" ")[0] if value.startswith("moyu:") else value
-
-
-def clear_marker(config: Any) -> None:
-    setattr(config, activation_field(config), base_activation(config))
 
 
 def ffn_bytes(block: FFNBlock, itemsize: int) -> int:

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
+from moyu_train.models.blocks import describe_blocks
+from moyu_train.models.marker import clear_marker, marked_rule, set_marker
 
 
 def cache_folder() -> Path:
@@ -83,42 +86,44 @@ def load_tokenizer(path: str | Path) -> Any:
         raise MoyuError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
 
 
-def load_dense(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+Described = Sequence[Mapping[str, str | None]]
+
+
+def load_dense(path: str | Path, dtype: torch.dtype = torch.float32, described: Described = ()) -> Any:
     """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
+
+    described: the FFN blocks of an architecture that structure does not find, as in a recipe's `blocks`.
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moyu_train.models.blocks import ACTIVATION_FIELDS, clear_marker, set_marker
-
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
-    marks = [getattr(config, name, None) for name in ACTIVATION_FIELDS]
-    mark = next((value for value in marks if isinstance(value, str) and value.startswith("moyu:")), None)
-    if mark:
+    rule = marked_rule(config)
+    if rule:
         clear_marker(config)
+    describe_blocks(config, described)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype).eval()
     except (OSError, ValueError) as error:
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
-    if mark:
-        set_marker(model.config, mark.split(":")[1])
+    if rule:
+        set_marker(model.config, rule)
     return model
 
 
-def skeleton(path: str | Path) -> Any:
+def skeleton(path: str | Path, described: Described = ()) -> Any:
     """A model on the meta device: its structure and sizes without its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from moyu_train.models.blocks import ACTIVATION_FIELDS, clear_marker
-
     try:
         config = AutoConfig.from_pretrained(path)
-        if any(str(getattr(config, name, "")).startswith("moyu:") for name in ACTIVATION_FIELDS):
+        if marked_rule(config):
             clear_marker(config)
+        describe_blocks(config, described)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:

@@ -36,7 +36,7 @@ class BlockAnchor:
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._targets[layer] = first_tensor(output).detach()
+            self._targets[layer] = first_tensor(output).detach().clone()  # some layers add to it in place
 
         return hook
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import FFNBlock, find_blocks, set_marker
+from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.models.marker import set_marker
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
 from moyu_train.penalties.adaptive import AdaptiveCoefficient

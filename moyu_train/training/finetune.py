@@ -18,8 +18,9 @@ from transformers import TrainingArguments
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
 from moyu_train.files import write_json
-from moyu_train.models.blocks import activation_field, ffn_sha256
+from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import check_memory, training_bytes
+from moyu_train.models.marker import marked_rule, set_marker
 from moyu_train.models.state import thresholds_from_tensors
 from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
@@ -161,8 +162,9 @@ def train(
 def _like(run: "Run", model: Any, settings: Optimise) -> Any:
     """A fresh dense model with the marker and the deltas that `model` has."""
     fresh = run.dense()
-    name = activation_field(model.config)
-    setattr(fresh.config, name, getattr(model.config, name))
+    rule = marked_rule(model.config)
+    if rule:
+        set_marker(fresh.config, rule)
     return adapt(fresh, settings.lora) if settings.lora else fresh
 
 

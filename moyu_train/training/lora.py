@@ -49,7 +49,8 @@ def merge(adapted: Any, sparsity: SparsityControl | None, ids: Tensor) -> tuple[
     seen: dict[int, tuple[Any, Any, Tensor]] = {}
 
     def recorder(layer: int) -> Callable[..., None]:
-        return lambda module, args, kwargs, output: seen.update({layer: (args, kwargs, first_tensor(output))})
+        # A copy, since some layers add to their FFN's output in place.
+        return lambda module, args, kwargs, output: seen.update({layer: (args, kwargs, first_tensor(output).clone())})
 
     handles = [b.module.register_forward_hook(recorder(i), with_kwargs=True) for i, b in enumerate(blocks)]
     if sparsity:
