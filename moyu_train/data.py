@@ -85,11 +85,13 @@ def _packed(stream: Tensor, length: int, seed: int) -> Tensor:
     return stream[: count * length].view(count, length)[order]
 
 
-def read_texts(source: str, text_field: str) -> list[Any]:
+def read_texts(source: str, text_field: str, setting: str = "data.text_field") -> list[Any]:
     """Documents of a JSON lines file, a plain text file (one document), a hub data set, or `builtin:<name>`.
 
     A file named `*.raw` is WikiText as published: one document an article, rows joined as in the literature. Where the
     rows have `messages` and no text field, the documents are conversations: lists of `{"role": …, "content": …}`.
+
+    Args: setting: the one that chose `text_field`, for the message where there is no such field.
     """
     import datasets
 
@@ -126,7 +128,7 @@ def read_texts(source: str, text_field: str) -> list[Any]:
         return [messages for messages in rows[MESSAGES] if messages]
     if text_field not in rows.column_names:
         raise MoyuError(
-            f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set data.text_field"
+            f"data {source!r} has no field {text_field!r} (it has {', '.join(rows.column_names)}); set {setting}"
         )
     return [text for text in rows[text_field] if text and text.strip()]
 

@@ -20,6 +20,7 @@ from accelerate import PartialState
 
 from moyu_train import __version__, data
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.extras import check_extras
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
@@ -119,6 +120,7 @@ class Run:
 
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
+        check_extras(self.recipe.evaluate)
         blocks = find_blocks(self.skeleton)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
         cls.check(blocks)
@@ -203,6 +205,8 @@ class Run:
         parts = [__version__, name, self.inputs_digest, recipe.digest(*KEEP, *STAGES[name].sections)]
         if recipe.delta and "delta" in STAGES[name].sections and (Path(recipe.delta) / MANIFEST).is_file():
             parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
+        if "evaluate" in STAGES[name].sections:
+            parts += [sha256(path) for _, path in recipe.evaluate.files]
         parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
