@@ -22,7 +22,7 @@ STAGE_VERBS = {
     "control": "train the dense control on the same tokens",
     "export": "write the sparse checkpoint",
     "verify": "prove a sparse checkpoint: reload, compare, see stock code refuse it",
-    "evaluate": "perplexity of every variant on held-out documents",
+    "evaluate": "perplexity of every variant on held-out documents, and tasks",
     "bench": "time decoding: dense eager, dense compiled, our runner, sparse",
     "report": "result table, report.html and plots from the finished stages",
 }
@@ -212,7 +212,17 @@ def _env(known: argparse.Namespace) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {psutil.cpu_count(logical=False)} cores, "
         f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
     }
-    for package in ("moyu", "torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "triton"):
+    for package in (
+        "moyu",
+        "torch",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "safetensors",
+        "triton",
+        "lm_eval",
+    ):
         try:
             figures[package] = version(package)
         except PackageNotFoundError:

@@ -87,13 +87,15 @@ def _packed(stream: Tensor, length: int, seed: int) -> Tensor:
     return stream[: count * length].view(count, length)[order]
 
 
-def read_texts(source: str, text_field: str) -> Iterable[Any]:
+def read_texts(source: str, text_field: str, setting: str = "data.text_field") -> Iterable[Any]:
     """Documents of a JSON lines file, a plain text file (one document), a data set, or `builtin:<name>`.
 
     A data set is a folder or a hub id, with its subset and split after colons where they are not the first and `train`
     (`Salesforce/wikitext:wikitext-2-raw-v1:test`), and is streamed: no more is read than is taken. A file named `*.raw`
     is WikiText as published: one document an article, rows joined as in the literature. Where the rows have `messages`
     and no text field, the documents are conversations: lists of `{"role": …, "content": …}`.
+
+    Args: setting: the one that chose `text_field`, for the message where there is no such field.
     """
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
@@ -121,7 +123,7 @@ def read_texts(source: str, text_field: str) -> Iterable[Any]:
     field = MESSAGES if text_field not in first and MESSAGES in first else text_field
     if field not in first:
         raise MoyuError(
-            f"data {source!r} has no field {text_field!r} (it has {', '.join(first) or 'no rows'}); set data.text_field"
+            f"data {source!r} has no field {text_field!r} (it has {', '.join(first) or 'no rows'}); set {setting}"
         )
     documents = (row[field] for row in chain([first], rows))
     return (document for document in documents if document and (field == MESSAGES or document.strip()))

@@ -21,6 +21,7 @@ from moyu_kernels.loading import simulated_because
 
 from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.extras import check_extras
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.blocks import ffn_bytes, find_blocks, find_inputs
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
@@ -128,6 +129,7 @@ class Run:
 
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
+        check_extras(self.recipe.evaluate)
         blocks = find_blocks(self.skeleton)
         check_marker(self.skeleton.config)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
@@ -258,6 +260,8 @@ class Run:
             parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
         if recipe.finetune.parent not in ("", CONTROL) and "finetune" in STAGES[name].sections:
             parts += _weights(self._parent)
+        if "evaluate" in STAGES[name].sections:
+            parts += [sha256(path) for _, path in recipe.evaluate.files]
         parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

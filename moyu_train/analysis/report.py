@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from moyu_train.analysis import plots
-from moyu_train.analysis.tables import console, quality_table, speed_table
+from moyu_train.analysis.tables import console, quality_table, speed_table, task_table
 from moyu_train.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def collect(run: "Run") -> dict[str, Any]:
         "control_learning_rate": figures["control"]["best_learning_rate"] if run.recipe.control else None,
         "overlap_13gram": evaluated["overlap_13gram"],
         "kernels": evaluated["kernels"],
+        **{name: evaluated[name] for name in ("tasks", "task_neurons_off", "agreement") if name in evaluated},
         **(_timings(figures["bench"], run.recipe.bench.rounds) if run.recipe.bench else {}),
         "dtype": run.recipe.export.dtype,
         "mask_path": "simulated: a mask after a dense matmul" if evaluated["simulated"] else "through moyu_kernels",
@@ -90,7 +91,11 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
     }
     for name, figure in images.items():
         figure.savefig(run.folder / name, dpi=120)
-    tables = [quality_table(result), *([speed_table(result)] if "bench" in result else [])]
+    tables = [quality_table(result)]
+    if "tasks" in result or "agreement" in result:
+        tables.append(task_table(result))
+    if "bench" in result:
+        tables.append(speed_table(result))
     source = json.dumps(
         {
             "recipe": run.recipe.model_dump(mode="json"),

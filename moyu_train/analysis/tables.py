@@ -47,6 +47,49 @@ def quality_table(result: dict[str, Any]) -> Table:
     return table
 
 
+VARIANTS = ("dense", "control", "sparse")  # those that tasks and agreement are measured on
+
+
+def task_table(result: dict[str, Any]) -> Table:
+    """Tasks and greedy agreement beside perplexity, each with its standard error, one column a variant."""
+    variants = [name for name in VARIANTS if name in result["ppl"]]
+    table = Table(title="Tasks, the sparse model under its masks at every position")
+    for name in ("task", "metric", *variants, "sparse minus dense"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    table.add_row("held-out text", "perplexity", *(f"{result['ppl'][name]:.3f}" for name in variants))
+    for task, found in result.get("tasks", {}).items():
+        for metric in found["sparse"]:
+            if metric.endswith("_stderr") or "_minus_dense" in metric:
+                continue
+            cells = [_with_error(found[name], metric) for name in variants]
+            table.add_row(
+                f"{task} ({found['examples']})", metric, *cells, _with_error(found["sparse"], f"{metric}_minus_dense")
+            )
+    if agreement := result.get("agreement"):
+        label = f"greedy ({agreement['prompts']})"
+        for metric, text in (
+            ("equal_tokens", "tokens equal to dense"),
+            ("identical", "wholly equal to dense"),
+            ("equal_numbers", f"same final number ({agreement['numbers']})"),
+        ):
+            table.add_row(label, text, *(_with_error(agreement.get(name, {}), metric) for name in variants))
+    table.caption = (
+        "In brackets the number of examples; ± standard error, of `sparse minus dense` over the paired examples."
+    )
+    return table
+
+
+def _with_error(found: dict[str, Any], metric: str) -> str:
+    if found.get(metric) is None:
+        return ""
+    error = found.get(f"{metric}_stderr")
+    return _number(found[metric]) + ("" if error is None else f" ± {_number(error)}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2g}"
+
+
 def speed_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"Decoding, batch 1, {result['dtype']}, median of {result['rounds']} interleaved rounds")
     columns = (
@@ -109,7 +152,10 @@ def print_inspection(figures: dict[str, Any]) -> None:
 
 
 def print_figures(verb: str, figures: dict[str, Any]) -> None:
-    """The scalar figures of one verb; lists and nested ones are in its --json file."""
+    """The scalar figures of one verb; lists are in its --json file."""
+    if "tasks" in figures or "agreement" in figures:
+        console.print(task_table(figures))
+        figures = {name: value for name, value in figures.items() if name not in ("tasks", "agreement")}
     table = Table(title=verb)
     table.add_column("figure")
     table.add_column("value", justify="right")

@@ -9,8 +9,10 @@ from moyu_train import data
 from moyu_train.checkpoints.verify import verify
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
+from moyu_train.evaluation.extras import extras
+from moyu_train.evaluation.perplexity import score
 from moyu_train.evaluation.stage import evaluate_checkpoint
-from moyu_train.models.loading import load_tokenizer
+from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
 from moyu_train.recipe import Bench, Recipe
 
 
@@ -28,13 +30,27 @@ def verify_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    documents = _test_documents(folder, recipe)
-    found = evaluate_checkpoint(folder, documents, recipe.evaluate.window, recipe.evaluate.kernel_tokens)
+    """Raises: MoyuError where agreement is asked for and `recipe.model` still is the folder, not its dense parent."""
+    settings, parent = recipe.evaluate, recipe.model != str(folder)
+    if settings.agreement and not parent:
+        raise MoyuError(
+            "evaluate.agreement compares with the dense parent, which a sparse checkpoint does not hold; name it with "
+            "--model"
+        )
+    documents = _test_documents(folder, recipe).first(settings.tokens)
+    beside = extras(settings, load_tokenizer(folder))
+    found = evaluate_checkpoint(folder, documents, settings.window, settings.kernel_tokens, beside)
     ppl = {"sparse": found["scores"], "oracle": found["oracle"], "rule": found["rule"]}
+    if parent:
+        model = load_dense(resolve_source(recipe.model))
+        ppl["dense"] = score(model, documents, settings.window, "evaluate: dense")
+        for extra in beside:
+            extra.add("dense", model)
     return {
         "tokens": documents.total,
         "ppl": {name: scores.perplexity for name, scores in ppl.items()},
         **{name: found.get(name) for name in ("bytes_skipped", "neurons_off", "kernels", "layers")},
+        **{name: value for extra in beside for name, value in extra.figures().items()},
     }
 
 

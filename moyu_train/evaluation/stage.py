@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.data import Documents, overlap
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.extras import Extra, extras
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.loading import load_dense
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 AGREEMENT = 0.01  # largest relative difference of perplexity between the kernels and the masked multi-token path
 
 
-def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_tokens: int) -> dict[str, Any]:
+def evaluate_checkpoint(
+    folder: Path, documents: Documents, window: int, kernel_tokens: int, beside: Sequence[Extra] = ()
+) -> dict[str, Any]:
     """A sparse checkpoint as it decodes: predicted masks at every scored position, and the same through the kernels.
 
     The masked multi-token path computes in fp32 on the stored weights. `kernel_tokens` of the text are decoded one by
-    one through the kernels in the stored dtype, and have to give the same perplexity.
+    one through the kernels in the stored dtype, and have to give the same perplexity. `beside` measures what else is
+    asked for, under the same masks.
     """
     rules, predictors = read_state(folder)
     inputs = read_inputs(folder)
@@ -46,6 +51,9 @@ def evaluate_checkpoint(folder: Path, documents: Documents, window: int, kernel_
         "inputs_off": masks.inputs.off() if inputs else None,
         "layers": masks.per_layer(),
     }
+    for extra in beside:
+        with SparseMasks(model, rules, predictors, inputs=inputs) as counted:
+            extra.add("sparse", model, counted)
     with SparseMasks(model, rules, predictors, oracle=True, inputs=inputs):
         figures["oracle"] = score(model, documents, window, "evaluate: oracle at the same density")
     figures |= {"rule": sparse, "rule_neurons_off": masks.neurons_off()}
@@ -87,9 +95,12 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     """All perplexities of the result table, each on all tokens of the held-out documents."""
     window, documents = run.recipe.evaluate.window, run.test.first(run.recipe.evaluate.tokens)
     checkpoint = run.stage_folder("export") / CHECKPOINT
-    found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens)
+    beside = extras(run.recipe.evaluate, run.tokenizer)
+    found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens, beside)
     model = run.dense()
     dense = score(model, documents, window, "evaluate: dense")
+    for extra in beside:
+        extra.add("dense", model)
     thresholds, predictors = read(run.before("finetune"))
     rules = sparsifier_of(run.recipe, thresholds).rules
     with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
@@ -100,6 +111,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     if run.recipe.control:
         model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
         variants["control"] = score(model, documents, window, "evaluate: dense control")
+        for extra in beside:
+            extra.add("control", model)
     best = min(variants.values(), key=lambda scores: scores.perplexity)
     variants |= {
         "rule": found["rule"],
@@ -123,6 +136,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         "overlap_13gram": overlap(run.train, documents),
         "layers": found["layers"],
         "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        **{name: value for extra in beside for name, value in extra.figures().items()},
     }
 
 
