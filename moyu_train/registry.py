@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from moyu_train.recipe import Method, RecipeError, explain
+from moyu_train.recipe import RecipeError, explain
+from moyu_train.settings import Method
 
 
 def resolve(kind: str, method: Method, registry: dict[str, str]) -> tuple[Any, Any]:

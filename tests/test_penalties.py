@@ -22,8 +22,9 @@ from moyu_train.penalties.l1 import L1
 from moyu_train.penalties.scale import ScaleOptions, measure_scales
 from moyu_train.penalties.schedule import coefficient
 from moyu_train.pipeline import Run
-from moyu_train.recipe import Penalty, Recipe, RecipeError, load_recipe
+from moyu_train.recipe import Recipe, RecipeError, load_recipe
 from moyu_train.registry import resolve
+from moyu_train.settings import Penalty
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
 

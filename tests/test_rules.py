@@ -19,8 +19,8 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score
 from moyu_train.models.blocks import find_blocks
-from moyu_train.recipe import Method
 from moyu_train.registry import resolve
+from moyu_train.settings import Method
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.rule import calibrate_rule

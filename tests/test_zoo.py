@@ -24,7 +24,7 @@ from moyu_train.models.masking import Masking
 from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.predictors.lowbit import LowBit
-from moyu_train.recipe import Lora
+from moyu_train.settings import Lora
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.anchor import BlockAnchor
 from moyu_train.training.control import SparsityControl

@@ -13,7 +13,8 @@ from moyu_train.evaluation.extras import extras
 from moyu_train.evaluation.perplexity import score
 from moyu_train.evaluation.stage import evaluate_checkpoint
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
-from moyu_train.recipe import Bench, Recipe
+from moyu_train.recipe import Recipe
+from moyu_train.settings import Bench
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:

@@ -25,7 +25,7 @@ from moyu_train.evaluation.stage import model_itemsize
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
-from moyu_train.recipe import Bench
+from moyu_train.settings import Bench
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run

@@ -26,8 +26,9 @@ from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.penalties.schedule import coefficient
-from moyu_train.recipe import Optimise, Recipe
+from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
+from moyu_train.settings import Optimise
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
-from moyu_train.recipe import Lora
+from moyu_train.settings import Lora
 from moyu_train.training.anchor import first_tensor
 from moyu_train.training.control import SparsityControl
 

@@ -1,0 +1,251 @@
+"""The sections of a recipe: typed, strict, each with its own checks. Imports no torch."""
+
+import contextlib
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Method(BaseModel):
+    """A method by its registry name; all other keys are options that the method's own file declares and checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Adaptive(BaseModel):
+    """The closed loop that finds a penalty's coefficient for `target_sparsity` (moyu_train/penalties/adaptive.py)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    gain: float = Field(0.1, gt=0, description="of the logarithm per step and relative error of the density")
+    ramp: float = Field(0.5, gt=0, le=1, description="share of the steps until the density should be reached")
+
+
+class Penalty(Method):
+    """A penalty on activations with its coefficient: one number, or points of (share of the steps, value)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
+    coefficient: tuple[tuple[float, float], ...]
+    interpolation: Literal["linear", "sine"] = "sine"
+    adaptive: Adaptive | None = None
+
+    @field_validator("coefficient", mode="before")
+    @classmethod
+    def _constant(cls, value: Any) -> Any:
+        if isinstance(value, str):  # YAML takes 1e-4, without a point, for a string
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        return [(0.0, value)] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _points(self) -> "Penalty":
+        shares = [share for share, _ in self.coefficient]
+        if not shares or shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"penalty.coefficient {list(self.coefficient)} must be a number or points of (share of the steps from "
+                "0 to 1, value) with rising shares"
+            )
+        if not all(0 <= value < math.inf for _, value in self.coefficient):
+            raise ValueError(
+                "penalty.coefficient holds values that are not finite or below 0, which would reward dense "
+                "activations; use finite values from 0"
+            )
+        if self.adaptive and (len(self.coefficient) > 1 or self.coefficient[0][1] == 0):
+            raise ValueError(
+                "penalty.adaptive moves one coefficient above 0 that it starts from; give a number above 0"
+            )
+        return self
+
+
+class Block(Section):
+    """FFN blocks of an architecture whose names moyu does not know; their layout is told by their shapes."""
+
+    path: str = Field(pattern=r"^[\w*]+(\.[\w*]+)*$", description="of the modules, * for any one name in it")
+    gate: str | None = Field(None, description="projection under the activation, where `up` is another one")
+    up: str = Field(description="projection to the neurons; of twice their number it holds gate and up")
+    down: str = Field(description="projection back")
+    act: str = Field(description="attribute of the module that holds the activation module")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Block":
+        names = [name for name in (self.gate, self.up, self.down, self.act) if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"gate, up, down and act have to be different attributes, got {', '.join(names)}")
+        return self
+
+
+class Data(Section):
+    train: str = Field(
+        "builtin:state-union-train", description="JSON lines, text file, id[:subset[:split]], builtin:<name>, or self"
+    )
+    test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
+    text_field: str = "text"
+    validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
+    max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of the training text")
+
+
+class Inputs(Method):
+    """Sparse inputs of linear layers anywhere in the model, by a sparsifier for layout `linear`: threshold or topk.
+
+    With `statistic: magnitude` a threshold is TEAL (arXiv 2408.14690), with `contribution` WINA (arXiv 2505.19427);
+    topk with `straight_through` is Q-Sparse (arXiv 2407.10969).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "threshold"
+    modules: str = Field(r"self_attn\.[qkvo]_proj", description="regular expression, found anywhere in the path")
+    sparsity: float = Field(gt=0, lt=1, description="share of the inputs that are off")
+
+    @field_validator("modules")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"inputs.modules {value!r} is no regular expression: {error}") from error
+        return value
+
+
+class Analyze(Section):
+    tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
+
+    @model_validator(mode="after")
+    def _range(self) -> "Analyze":
+        if any(not 0 < s < 1 for s in self.sparsities):
+            raise ValueError("sparsities are shares of neurons off, each between 0 and 1")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adaptation (arXiv 2106.09685) by peft: only A and B of these projections train, and are merged."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = Field("all-linear", description="module names, or one regular expression")
+
+
+class Optimise(Section):
+    tokens: int = Field(24_576, ge=1)
+    epochs: int = Field(1, ge=1, description="how often the training text may be gone through to give `tokens`")
+    window: int = Field(256, ge=8, description="tokens per training sequence")
+    batch: int = Field(4, ge=1, description="sequences per device and micro-batch")
+    accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    save_steps: int = Field(10, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+    parent: str = Field(
+        "",
+        description="dense model to distil from, of the same vocabulary: default `model`; `control`: the dense control",
+    )
+    kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
+    kl_top_k: int | None = Field(None, ge=1, description="of its distribution only the likeliest tokens; default all")
+    block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
+    lm_weight: float = Field(0.0, ge=0, description="next-token loss")
+    lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
+
+    @model_validator(mode="after")
+    def _loss(self) -> "Optimise":
+        if self.kl_weight == 0 and self.lm_weight == 0 and self.block_weight == 0:
+            raise ValueError("kl_weight, lm_weight and block_weight are all 0: nothing to train; set one above 0")
+        if self.tokens < self.tokens_per_step:
+            raise ValueError(
+                f"tokens ({self.tokens}) is less than one step, window x batch x accumulation = "
+                f"{self.tokens_per_step}; raise tokens or lower one of the three"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.window * self.batch * self.accumulation
+
+
+class Control(Section):
+    learning_rates: tuple[float, ...] = Field((1e-5, 3e-5, 1e-4), min_length=1, description="best on validation wins")
+    reuse: str = Field("", description="folder of a run with the same text and training settings, to take its control")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Control":
+        if len({f"{rate:g}" for rate in self.learning_rates}) < len(self.learning_rates):
+            raise ValueError(f"learning_rates {self.learning_rates} holds one twice; each is a run of its own")
+        return self
+
+
+class Fit(Section):
+    tokens: int = Field(49_152, ge=1)
+    window: int = Field(1024, ge=8)
+    save_every: int = Field(16, ge=1, description="windows between checkpoints")
+
+
+class Calibrate(Section):
+    tokens: int = Field(4096, ge=1)
+    bytes_skipped: float = Field(0.45, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read")
+
+
+class Export(Section):
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class Agreement(Section):
+    """Greedy continuations of questions, compared with the dense parent's (moyu_train/evaluation/agreement.py)."""
+
+    file: str = Field(description="JSON lines, one question a line")
+    field: str = Field("question", description="where the question is")
+    prompts: int = Field(20, ge=1, description="the first so many")
+    new_tokens: int = Field(64, ge=1)
+
+
+class Evaluate(Section):
+    window: int = Field(1024, ge=2)
+    tokens: int | None = Field(None, ge=2, description="score about so many of the test text; default all of it")
+    kernel_tokens: int = Field(1024, ge=0, description="tokens decoded one by one through the kernels for the check")
+    tasks: tuple[str, ...] = Field((), description="lm-eval tasks: its own, local_*, those of task_folder, YAML files")
+    task_folder: str = Field("", description="folder of task YAML files; all of them where `tasks` is empty")
+    task_data: dict[str, str] = Field({}, description="task: local JSON lines file that it reads in place of the hub")
+    task_limit: int | None = Field(None, ge=1, description="the first so many examples of each task; default all")
+    agreement: Agreement | None = None
+
+    @model_validator(mode="after")
+    def _data_of_tasks(self) -> "Evaluate":
+        strangers = set(self.task_data) - set(self.tasks)
+        if strangers and not self.task_folder:
+            raise ValueError(
+                f"task_data names {', '.join(sorted(strangers))}, which evaluate.tasks does not ask for; name the "
+                "same tasks in both"
+            )
+        return self
+
+    @property
+    def files(self) -> list[tuple[str, Path]]:
+        """Files that the figures depend on, each after the setting that names it."""
+        found = [(f"evaluate.task_data.{task}", Path(file)) for task, file in self.task_data.items()]
+        found += [("evaluate.tasks", Path(task)) for task in self.tasks if task.endswith((".yaml", ".yml"))]
+        if self.task_folder:
+            inside = sorted(path for path in Path(self.task_folder).rglob("*") if path.is_file())
+            found += [("evaluate.task_folder", path) for path in inside]
+        if self.agreement:
+            found.append(("evaluate.agreement.file", Path(self.agreement.file)))
+        return found
+
+
+class Bench(Section):
+    contexts: tuple[int, ...] = (128,)
+    new_tokens: int = Field(32, ge=2)
+    rounds: int = Field(5, ge=5, description="interleaved rounds; at least 5")
+    threads: tuple[int, ...] = (1, 2)
+    compiled: bool = Field(True, description="also time dense transformers under torch.compile")
