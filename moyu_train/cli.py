@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("recipe", help="recipe, or a model for the defaults")
     routes = verb("collect", "one table of several finished runs, and their rows with --json")
     routes.add_argument("runs", nargs="+", help="run folders")
+    routes.add_argument("--plot", metavar="FILE", help="quality against neurons off, as an image")
     look = verb("inspect", "the FFN blocks that are found in a model, from its config alone")
     look.add_argument("recipe", help="model, or a recipe, whose `blocks` are then used")
     verb("env", "versions and hardware, for bug reports")
@@ -197,7 +198,7 @@ def _recipes(known: argparse.Namespace) -> dict[str, Any]:
 def _collect(known: argparse.Namespace) -> dict[str, Any]:
     from moyu_train.analysis.collect import collect_runs
 
-    return collect_runs([Path(run) for run in known.runs])
+    return collect_runs([Path(run) for run in known.runs], Path(known.plot) if known.plot else None)
 
 
 def _env(known: argparse.Namespace) -> dict[str, Any]:

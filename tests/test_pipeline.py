@@ -318,7 +318,9 @@ def test_a_rule_without_a_kernel_trains_and_is_called_simulated(tmp_path: Path) 
     assert result["ppl"]["sparse"] == result["ppl"]["rule"]
     assert "simulated, nothing is skipped" in (tmp_path / "run" / "report.html").read_text()
     assert "stage 'bench' is not part of this recipe" in moyu("bench", str(recipe), *options, code=1).stderr
-    table = moyu("collect", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json"))
+    plot = tmp_path / "routes.png"
+    table = moyu("collect", str(tmp_path / "run"), "--json", str(tmp_path / "rows.json"), "--plot", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "simulated" in table.stdout
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     for name in ("route", "tokens", "neurons_off", "bytes_skipped", "ppl", "ppl_over_control", "ppl_over_dense"):

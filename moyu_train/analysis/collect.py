@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from moyu_train.analysis import plots
 from moyu_train.analysis.tables import console
 from moyu_train.errors import MoyuError
 
@@ -42,7 +43,7 @@ def row(run: Path) -> dict[str, Any]:
     }
 
 
-def collect_runs(runs: list[Path]) -> dict[str, Any]:
+def collect_runs(runs: list[Path], plot: Path | None = None) -> dict[str, Any]:
     rows = [row(run) for run in runs]
     table = Table(title="Perplexity of each route over that of the dense models")
     for name in ("route", "tokens trained", "neurons off", "perplexity", "over control", "over dense", "bytes skipped"):
@@ -59,4 +60,6 @@ def collect_runs(runs: list[Path]) -> dict[str, Any]:
             "simulated" if skipped is None else f"{skipped:.1%}",
         )
     console.print(table)
+    if plot:
+        plots.routes(rows).savefig(plot, dpi=150)
     return {"rows": rows}

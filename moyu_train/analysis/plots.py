@@ -66,6 +66,21 @@ def quality(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def routes(rows: list[dict[str, Any]]) -> Figure:
+    """Rows of `collect`: quality of each route, as far as it got."""
+    figure, axes = _axes("neurons off", "perplexity, relative to the dense parent")
+    for row in rows:
+        place = row["neurons_off"], row["ppl_over_dense"]
+        axes.scatter(*place, s=60)
+        axes.annotate(f"{row['route']}, {row['tokens']:,} tokens", place, xytext=(6, 6), textcoords="offset points")
+    axes.axhline(1.0, linestyle=":", color="black")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.margins(x=0.35, y=0.12)
+    return figure
+
+
 def training(metrics: Path) -> Figure:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = _axes("step", "loss (nats per token)")
