@@ -202,21 +202,27 @@ def _install(
         module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
-    act = ACTIVATIONS.get(act_name)
     projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"]) if name}
+    device = next(module.parameters()).device
+    backend = resolve_backend(backend, device)
+    op, act = rule.op, ACTIVATIONS.get(act_name)
+    function = activation(act) if act else None
+    if rule.substitutes:  # what the rule puts in place of the activation is all that the op computes
+        act, function = "relu", getattr(module, block["act"])
+    if backend == "triton" and rule.stock_activation == "relu":
+        op = "threshold"  # the same, with relu as activation and thresholds of zero
     reason = f"layout {layout!r} has no op"
     if layout == "gated":
-        if not rule.native:
-            reason = f"rule {rule.describe()} has no op"
-        elif act is None:
+        if op is None or (backend == "triton" and op != "threshold"):
+            reason = f"rule {rule.describe()} has no op for the backend {backend!r}"
+        elif act is None or function is None:
             reason = f"activation {act_name!r} has no op"
         elif any(type(p) is not nn.Linear or p.bias is not None for p in projections.values()):
             reason = "its projections are not plain linear layers without biases"
-        elif not _is_gated_ffn(module, list(projections.values()), act):
+        elif not _is_gated_ffn(module, list(projections.values()), function):
             reason = "it computes more than down(act(gate(x)) * up(x))"
         else:
-            device = next(iter(projections.values())).weight.device
-            ffn = SparseGatedFFN(projections, act, rule.threshold, predictor, mode, resolve_backend(backend, device))
+            ffn = SparseGatedFFN(projections, act, rule.op_threshold, predictor, mode, backend, op)
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, ffn)
             return
@@ -230,13 +236,15 @@ def _install(
 
 
 @torch.no_grad()
-def _is_gated_ffn(module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: str) -> bool:
+def _is_gated_ffn(
+    module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: Callable[[Tensor], Tensor]
+) -> bool:
     """Whether the stock block computes what the op does, tried on a few random inputs."""
     gate, up, down = projections
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, gate.in_features, generator=generator).to(gate.weight.device, gate.weight.dtype)
     stock = module(x[None])
-    ours = down(activation(act)(gate(x)) * up(x))
+    ours = down(act(gate(x)) * up(x))
     if not isinstance(stock, Tensor) or stock.numel() != ours.numel():
         return False
     error = (stock.view_as(ours).float() - ours.float()).norm() / ours.float().norm().clamp_min(1e-30)
