@@ -61,7 +61,7 @@ def from_pretrained(
     state = load_file(folder / STATE)
     names = _predictor_names(folder, settings, manifest)
     if mode == "predicted" and settings["predictor"] is None:
-        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads all of gate and up", folder)
+        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads every gate row at least", folder)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
     for index, block in enumerate(block_list):

@@ -1,5 +1,7 @@
 """Rules by which the gate drops neurons: the op reads all gates first, and up and down rows only where one passes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as functional
@@ -9,7 +11,7 @@ from moyu_kernels.modules import SparseGatedFFN
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from predictors import FAMILIES
-from test_cpu_ops import DTYPES, ODD, assert_same, cut, ffn_arguments
+from test_cpu_ops import DTYPES, ODD, assert_same, cut, ffn_arguments, run_python
 from torch import Tensor, nn
 
 RULES = [rule for rule in naive.RULES if rule != "threshold"]
@@ -114,17 +116,45 @@ def test_any_number_of_threads_bitwise(rule: str) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("rule", RULES)
-def test_rows_that_are_not_needed_are_not_read(rule: str, rows: int) -> None:
-    arguments = rule_arguments(rows, torch.bfloat16, rule, density=0.2)
+PROTECTED = f"""
+import ctypes, mmap, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from moyu_kernels.ops import cpu
+from test_gate_rules import RULES, passes, rule_arguments
+protect = ctypes.CDLL(None).mprotect
+for rule in RULES:
+    arguments = rule_arguments(2, torch.float32, rule, (1024, 40, 4))
     expected = cpu.gated_ffn(*arguments)
     passed, kept = (mask.any(0) for mask in passes(arguments))
-    assert 0 < kept.sum() <= passed.sum() < ODD[1]
-    arguments[2], arguments[3] = arguments[2].clone(), arguments[3].clone()
-    arguments[2][~passed] = arguments[3][~kept] = float("nan")
+    assert 0 < kept.sum() <= passed.sum() < 40
+    for place, needed in ((2, passed), (3, kept)):
+        pages = torch.frombuffer(mmap.mmap(-1, 40 * 4096), dtype=torch.float32).view(40, 1024)
+        arguments[place] = pages.copy_(arguments[place])
+        for f in (~needed).nonzero().flatten().tolist():
+            assert protect(ctypes.c_void_p(pages.data_ptr() + 4096 * f), 4096, 0) == 0
     found = cpu.gated_ffn(*arguments)
     assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+"""
+
+
+def test_rows_that_are_not_needed_are_not_read() -> None:
+    """They lie in memory that may not be read, one row a page; NaN there would be dropped with its neuron unseen."""
+    process = run_python(PROTECTED)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("rule", ["gate_threshold", "relu", "fatrelu"])
+def test_a_gate_at_its_threshold(rule: str) -> None:
+    arguments = rule_arguments(3, torch.float32, rule, act="relu")
+    arguments[:2] = [torch.randint(-2, 3, tensor.shape).float() for tensor in arguments[:2]]
+    arguments[4] = torch.full((ODD[1],), 3.0)
+    g = arguments[0] @ arguments[1].T
+    passed = (g > 3 if rule == "relu" else g >= 3).sum(-1)
+    assert (g == 3).any(-1).all()
+    for op in (cpu.gated_ffn, naive.gated_ffn):
+        assert torch.equal(op(*arguments)[1][:, 0].long(), passed)
 
 
 @pytest.mark.parametrize("rule", RULES)
