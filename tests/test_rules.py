@@ -178,6 +178,18 @@ def test_predictors_under_every_rule_that_takes_them(tmp_path: Path, name: str) 
     assert not expected.numel()
 
 
+@pytest.mark.parametrize(("name", "simulated"), [("relu", False), ("shifted", True), ("gate_threshold", True)])
+def test_on_a_gpu_most_rules_on_the_gate_are_simulated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, simulated: bool
+) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", METHODS[name]["name"], calibrated(name, model).rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse", mode="rule", backend="triton")
+    assert ("has no op for the backend 'triton'" in caplog.text) == simulated
+    if not simulated:
+        assert found.model.layers[0].mlp.rule == "threshold"  # with relu for activation, which is the same
+
+
 def test_evaluate_counts_what_a_rule_on_the_gate_skips(tmp_path: Path) -> None:
     model = tiny_model()
     export(model, tokenizer(), tmp_path / "sparse", "drelu", calibrated("drelu", model).rules, None, None)
