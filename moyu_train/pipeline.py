@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from moyu_kernels.loading import simulated_because
+from moyu_kernels.ops.ffn.naive import WHOLE_ROW
 
 from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
@@ -138,11 +139,11 @@ class Run:
             method, _ = resolve("inputs", self.recipe.inputs, SPARSIFIERS)
             method.check(find_inputs(self.skeleton, self.recipe.inputs.modules))
         rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
-        if not rule.native and (self.recipe.bench or self.recipe.predictor):
+        if rule.op is None and (self.recipe.bench or self.recipe.predictor):
             raise MoyuError(
                 f"sparsifier {cls.name!r} has no kernel yet, so there is nothing that a predictor could skip and no "
-                "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or the "
-                "sparsifier 'threshold' or 'relu'"
+                "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or another "
+                "sparsifier, such as 'threshold'"
             )
         act = rule.stock_activation or base_activation(self.skeleton.config)
         for block in blocks if self.recipe.bench or self.recipe.predictor else []:
@@ -154,6 +155,11 @@ class Run:
                 )
         if self.recipe.predictor is None:
             return
+        if rule.op in WHOLE_ROW:
+            raise MoyuError(
+                f"sparsifier {cls.name!r} takes its level from the gates of all neurons, so a predictor has none to "
+                "skip: use predictor: null (--predictor null), or another sparsifier, such as 'gate_threshold'"
+            )
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
         itemsize = getattr(torch, self.recipe.export.dtype).itemsize
         dense = sum(ffn_bytes(block, itemsize) for block in blocks)

@@ -165,6 +165,9 @@ def test_combinations_are_checked_before_weights_load(
     (tmp_path / "model" / "model.safetensors").unlink()
     settings["predictor"] = {"name": "lowrank", "rank": 33}
     assert "rank 33 is above the hidden size 32" in fails(tmp_path, settings, capsys)
+    settings["sparsifier"] = {"name": "statistical_topk"}
     settings["predictor"]["rank"] = 32
+    assert "takes its level from the gates of all neurons" in fails(tmp_path, settings, capsys)
+    settings["sparsifier"] = {"name": "threshold"}
     settings["calibrate"]["bytes_skipped"] = 0.9
     assert "the predictors alone are" in fails(tmp_path, settings, capsys)

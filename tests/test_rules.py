@@ -7,6 +7,7 @@ from typing import Any
 import moyu_kernels
 import pytest
 import torch
+from moyu_kernels.ops import cpu
 from moyu_kernels.rules import Rule
 from tiny import CONFIGS, tiny_model, tokenizer
 from torch.nn.functional import silu
@@ -16,13 +17,17 @@ from moyu_train.checkpoints.export import export
 from moyu_train.checkpoints.verify import verify
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import SparseMasks
+from moyu_train.evaluation.bench import ffn_read
+from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import score
+from moyu_train.evaluation.stage import evaluate_checkpoint
 from moyu_train.models.blocks import find_blocks
+from moyu_train.predictors.lowbit import LowBit
 from moyu_train.registry import resolve
 from moyu_train.settings import Method
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.rule import calibrate_rule
 
 DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(i)) for i in range(3)])
@@ -120,6 +125,80 @@ def test_every_rule_goes_all_the_way_on_every_layout(tmp_path: Path, name: str, 
         assert verify(tmp_path / "sparse")["stock_refuses"] == (name not in ("relu", "relu2"))
     found = moyu_kernels.from_pretrained(tmp_path / "sparse", mode="rule", backend="reference")
     torch.testing.assert_close(found(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("topk")])
+def test_kernels_decode_what_the_masks_compute(tmp_path: Path, name: str) -> None:
+    """Token by token, with the masks' own logits, counts and bytes."""
+    model = tiny_model()
+    sparsifier = calibrated(name, model)
+    with SparseMasks(model, sparsifier.rules, None) as masks:
+        expected = model(IDS).logits
+    export(model, tokenizer(), tmp_path / "sparse", METHODS[name]["name"], sparsifier.rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse", mode="rule", backend="cpu")
+    runner = moyu_kernels.Runner(found, max_length=IDS.shape[1], compile=False)
+    runner.reset()
+    logits = torch.stack([runner.step(token) for token in IDS[0]], dim=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    counts = torch.stack([layer.mlp.counts for layer in found.model.layers]).double()
+    assert counts[:, 1].tolist() == masks.counts.selected.tolist()
+    assert counts[:, 2].tolist() == masks.counts.kept.tolist()
+    gates = 96 * IDS.shape[1] * len(masks.blocks)
+    rows = (gates + counts[:, 1:].sum().item()) / IDS.shape[1]
+    skipped = 1 - (128 * rows + len(masks.blocks) * 96 * 4) / (len(masks.blocks) * 3 * 96 * 128)
+    assert bytes_skipped(masks.blocks, masks.counts, None, 4) == pytest.approx(skipped)
+    assert skipped > (0.15 if name == "threshold" else 0.25)
+    read, dense = ffn_read(found, masks.blocks, 4)
+    assert 1 - read / dense == pytest.approx(skipped)
+
+
+@pytest.mark.parametrize("name", ["gate_threshold", "shifted", "fatrelu", "relu2", "drelu"])
+def test_predictors_under_every_rule_that_takes_them(tmp_path: Path, name: str) -> None:
+    """The op's scores see the rule's own gate, as those of the masks do."""
+    model = tiny_model()
+    sparsifier = calibrated(name, model)
+    options = LowBit.Options()
+    windows = torch.cat(DOCUMENTS.tokens)[:512].view(16, 32)
+    predictors = PredictorTrainer(model, sparsifier, LowBit, options, tmp_path).fit(windows, 100)
+    block, x = find_blocks(model)[0], torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
+    for predictor in predictors:
+        predictor["bias"] -= 0.5
+    with SparseMasks(model, sparsifier.rules, predictors) as masks:
+        expected = block.module(x)[0]
+    assert 0 < masks.counts.kept[0] < masks.counts.selected[0] < 20 * 96
+    gate, up, down = block.weights()
+    rule, stored = sparsifier.rules[0], list(predictors[0].values())
+    for rows in x[0].split(5):
+        y, counts = cpu.gated_ffn(rows, gate, up, down.T.contiguous(), rule.op_threshold, "silu", stored, rule.op)
+        torch.testing.assert_close(y, expected[: len(rows)], rtol=1e-4, atol=1e-4)
+        expected = expected[len(rows) :]
+        masks.counts.selected[0] -= counts[:, 0].sum()
+        masks.counts.kept[0] -= counts[:, 1].sum()
+    assert masks.counts.selected[0] == masks.counts.kept[0] == 0
+    assert not expected.numel()
+
+
+@pytest.mark.parametrize(("name", "simulated"), [("relu", False), ("shifted", True), ("gate_threshold", True)])
+def test_on_a_gpu_most_rules_on_the_gate_are_simulated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, simulated: bool
+) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", METHODS[name]["name"], calibrated(name, model).rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse", mode="rule", backend="triton")
+    assert ("has no op for the backend 'triton'" in caplog.text) == simulated
+    if not simulated:
+        assert found.model.layers[0].mlp.rule == "threshold"  # with relu for activation, which is the same
+
+
+def test_evaluate_counts_what_a_rule_on_the_gate_skips(tmp_path: Path) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", "drelu", calibrated("drelu", model).rules, None, None)
+    figures = evaluate_checkpoint(tmp_path / "sparse", DOCUMENTS, 64, kernel_tokens=40)
+    assert not figures["simulated"]
+    passed, kept = (sum(layer[kind] for layer in figures["layers"]) / 2 for kind in ("selected", "kept"))
+    assert 0.1 < kept < passed - 0.1 < 0.6
+    assert figures["bytes_skipped"] == pytest.approx((2 - passed - kept) / 3 - 4 / (3 * 128))
+    assert figures["kernels"]["perplexity"] == pytest.approx(figures["kernels"]["masked_perplexity"], rel=1e-4)
 
 
 def test_relu_loads_in_stock_code_under_its_own_name(tmp_path: Path) -> None:

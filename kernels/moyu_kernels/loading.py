@@ -61,7 +61,7 @@ def from_pretrained(
     state = load_file(folder / STATE)
     names = _predictor_names(folder, settings, manifest)
     if mode == "predicted" and settings["predictor"] is None:
-        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads all of gate and up", folder)
+        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads every gate row at least", folder)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
     for index, block in enumerate(block_list):
@@ -204,11 +204,14 @@ def _install(
         module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
-    reason = simulated_because(module, block, act_name, rule)
+    backend = resolve_backend(backend, next(module.parameters()).device)
+    reason = simulated_because(module, block, act_name, rule, backend)
     if not reason:
         projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
-        backend = resolve_backend(backend, next(iter(projections.values())).weight.device)
-        ffn = SparseGatedFFN(projections, ACTIVATIONS[act_name], rule.threshold, predictor, mode, backend)
+        act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
+        ffn = SparseGatedFFN(
+            projections, act, rule.op_threshold, predictor, mode, backend, _op_on(backend, rule) or "threshold"
+        )
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
         return
@@ -234,33 +237,43 @@ def _install_inputs(folder: Path, model: nn.Module, inputs: dict[str, Any], stat
         logger.warning("moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped", index + 1)
 
 
-def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: Rule) -> str:
+def _op_on(backend: str, rule: Rule) -> str | None:
+    """Which rule of the op computes `rule` on a backend; None where none does."""
+    if backend != "triton" or rule.op == "threshold":
+        return rule.op
+    return "threshold" if rule.stock_activation == "relu" else None  # thresholds of zero, with relu as activation
+
+
+def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: Rule, backend: str = "cpu") -> str:
     """Why no op computes an FFN block, so that it runs under a mask after a dense matmul; empty where one does.
 
     Args: block: as `blocks` of a checkpoint has it; act_name: transformers' name of the activation.
     """
     if block["layout"] != "gated":
         return f"layout {block['layout']!r} has no op"
-    if not rule.native:
-        return f"rule {rule.describe()} has no op"
-    if act_name not in ACTIVATIONS:
+    if _op_on(backend, rule) is None:
+        return f"rule {rule.describe()} has no op for the backend {backend!r}"
+    if act_name not in ACTIVATIONS and not rule.substitutes:
         return f"activation {act_name!r} has no op"
     projections = [getattr(module, block[name]) for name in ("gate", "up", "down")]
     if any(type(p) is not nn.Linear or p.bias is not None for p in projections):
         return "its projections are not plain linear layers without biases"
-    if not projections[0].weight.is_meta and not _is_gated_ffn(module, projections, ACTIVATIONS[act_name]):
+    function = getattr(module, block["act"]) if rule.substitutes else activation(ACTIVATIONS[act_name])
+    if not projections[0].weight.is_meta and not _is_gated_ffn(module, projections, function):
         return "it computes more than down(act(gate(x)) * up(x))"
     return ""
 
 
 @torch.no_grad()
-def _is_gated_ffn(module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: str) -> bool:
+def _is_gated_ffn(
+    module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: Callable[[Tensor], Tensor]
+) -> bool:
     """Whether the stock block computes what the op does, tried on a few random inputs."""
     gate, up, down = projections
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, gate.in_features, generator=generator).to(gate.weight.device, gate.weight.dtype)
     stock = module(x[None])
-    ours = down(activation(act)(gate(x)) * up(x))
+    ours = down(act(gate(x)) * up(x))
     if not isinstance(stock, Tensor) or stock.numel() != ours.numel():
         return False
     error = (stock.view_as(ours).float() - ours.float()).norm() / ours.float().norm().clamp_min(1e-30)

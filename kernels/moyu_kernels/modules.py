@@ -45,22 +45,25 @@ def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 class SparseGatedFFN(nn.Module):
     """`down(act(gate(x)) * up(x))` that reads only the weights of the neurons in use. For inference only.
 
-    Up to 8 tokens run the op (a decode step), more of them two dense matmuls with the rule's exact mask (prefill), on
+    Up to 8 tokens run the op (a decode step), more of them dense matmuls with the rule's exact mask (prefill), on
     one copy of the weights. The projections keep their names, shapes and values, so the state dict is the stock one;
     only the memory layout of the down projection changes: `[D, F]` with the neurons contiguous.
 
     Args:
         projections: name and projection of gate, up and down, in this order; without biases.
         act: a name from `naive.ACTIVATIONS`.
-        threshold: fp32 `[F]`, a neuron is kept where `abs(a) >= threshold`.
+        threshold: fp32 `[F]`, of the rule.
         predictor: `[]` or the tensors of a family in `naive.PREDICTORS`.
-        mode: "predicted" (the rule on the neurons that the predictor selects), "rule" (the exact mask) or "dense".
-        backend: "cpu", "triton" or "reference".
+        mode: "predicted" (the rule on the neurons that the predictor selects), "rule" (the exact mask) or "dense" (no
+            mask; a rule in `naive.SUBSTITUTES` stays, since the model is another one without it).
+        backend: "cpu", "triton" (only the rule "threshold") or "reference".
+        rule: a name from `naive.RULES`; with "threshold" a neuron is kept where `abs(a) >= threshold`.
 
     The threshold and predictor keep their dtypes under `.to(dtype)`. `counts` int64 `[3]` sums up tokens, neurons
     selected and neurons kept over all calls; set it to zero with `counts.zero_()`.
 
-    Raises: ValueError for unknown names, biases, shapes that do not fit, or predicted mode without a predictor.
+    Raises: ValueError for unknown names, biases, shapes that do not fit, predicted mode without a predictor, or a
+        predictor or backend that the rule does not go with.
     """
 
     threshold: Tensor
@@ -75,11 +78,12 @@ class SparseGatedFFN(nn.Module):
         predictor: list[Tensor],
         mode: str = "predicted",
         backend: str = "cpu",
+        rule: str = "threshold",
     ) -> None:
         super().__init__()
         gate, _, down = projections.values()
         self.neurons, self.hidden = gate.weight.shape
-        self._names, self.act = tuple(projections), act
+        self._names, self.act, self.rule = tuple(projections), act, rule
         self._predictor = naive.PREDICTORS[naive.predictor_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
         down.weight.data = down.weight.data.t().contiguous().t()
@@ -96,6 +100,10 @@ class SparseGatedFFN(nn.Module):
     def _check(self, projections: list[tuple[str, nn.Linear]], threshold: Tensor, predictor: list[Tensor]) -> None:
         if self.act not in naive.ACTIVATIONS:
             raise ValueError(f"activation {self.act!r} has no op; use one of {', '.join(naive.ACTIVATIONS)}")
+        if self.rule not in naive.RULES:
+            raise ValueError(f"rule {self.rule!r} has no op; use one of {', '.join(naive.RULES)}")
+        if predictor and self.rule in naive.WHOLE_ROW:
+            raise ValueError(f"rule {self.rule!r} needs the gates of all neurons; load it without a predictor")
         (_, gate), (_, up), (_, down) = projections
         if up.weight.shape != gate.weight.shape or down.weight.shape != gate.weight.shape[::-1]:
             shapes = ", ".join(f"{name} {list(projection.weight.shape)}" for name, projection in projections)
@@ -134,22 +142,27 @@ class SparseGatedFFN(nn.Module):
             raise ValueError("mode 'predicted' needs a predictor and this block has none; use mode 'rule' or 'dense'")
         self.mode = mode
         if backend is not None:
-            self.backend = resolve_backend(backend, self.threshold.device)
+            resolved = resolve_backend(backend, self.threshold.device)
+            if resolved == "triton" and self.rule != "threshold":
+                raise ValueError(f"rule {self.rule!r} has no triton op yet; use the backend cpu or reference")
+            self.backend = resolved
             self._run = _op(self.backend)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns the same shape and dtype."""
         rows = x.numel() // self.hidden
-        threshold = self.no_threshold if self.mode == "dense" else self.threshold
+        rule, threshold = self.rule, self.threshold
+        if self.mode == "dense" and rule not in naive.SUBSTITUTES:
+            rule, threshold = "threshold", self.no_threshold
         gate, up, down = self.weights
         if rows > MAX_ROWS:
-            a = activation(self.act)(functional.linear(x, gate)) * functional.linear(x, up)
-            kept = (a.abs().float() >= threshold) & (a != 0)
+            g, u = functional.linear(x, gate), functional.linear(x, up)
+            a, _, kept = naive.ruled_activation(g, u, threshold, self.act, rule)
             self._count(rows, rows * self.neurons, kept.sum())
-            return functional.linear(torch.where(kept, a, 0.0), down.t())
+            return functional.linear(a, down.t())
         predictor = self.predictor if self.mode == "predicted" else []
-        y, counts = self._run(x.reshape(rows, self.hidden), gate, up, down, threshold, self.act, predictor)
+        y, counts = self._run(x.reshape(rows, self.hidden), gate, up, down, threshold, self.act, predictor, rule)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)
@@ -171,7 +184,10 @@ class SparseGatedFFN(nn.Module):
 
     def extra_repr(self) -> str:
         predictor = ", ".join(self._predictor) or None
-        return f"neurons={self.neurons}, {predictor=!s}, act={self.act}, mode={self.mode}, backend={self.backend}"
+        return (
+            f"neurons={self.neurons}, {predictor=!s}, act={self.act}, rule={self.rule}, mode={self.mode}, "
+            f"backend={self.backend}"
+        )
 
 
 class Linear(nn.Module):

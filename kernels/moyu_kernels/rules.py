@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ops.ffn.naive import ruled_gate
 from .seam import ExpertsSeam, Seam
 
 GATES = ("stock", "threshold", "relu", "fatrelu", "relu2", "statistical_topk", "statistical_topk_soft")
@@ -26,13 +27,9 @@ class Rule:
 
     Args:
         threshold: fp32 `[F]`, or `[E, F]` for experts.
-        gate: stands for `act(g)`, g the gate's output, or up's in a plain FFN (theta = threshold):
-            "threshold": `act(g)` where `abs(act(g)) >= theta` (CATS, arXiv 2404.08763);
-            "relu": `relu(g - theta)` (shifted ReLU, arXiv 2310.04564; ReLU with theta 0);
-            "fatrelu": g where `g > 0` and `g >= theta` (ProSparse, arXiv 2402.13516);
-            "relu2": `relu(g) ** 2` (arXiv 2402.03804);
-            "statistical_topk": `act(g)` where `g > t`, t the mean of g over the neurons plus `ndtri(1 - share)` times
-            their standard deviation; "statistical_topk_soft": `act(relu(g - t))` (Spark, arXiv 2506.06644).
+        gate: stands for `act(g)`, g the gate's output, or up's in a plain FFN: "threshold" is "gate_threshold" of
+            `ops.ffn.naive.ruled_gate`, and the other names are the same there; the number of deviations of
+            "statistical_topk" and "statistical_topk_soft" is `ndtri(1 - share)`.
         up: "relu" makes it `relu(u)`; with gate "relu" that is dReLU (arXiv 2406.05955).
         keep: of the resulting a, "nonzero" keeps `a != 0`, "threshold" keeps `abs(a) >= theta`, "topk" the
             `round(share * F)` neurons whose `abs(a) / theta` is largest (ties at the last place are all kept).
@@ -63,10 +60,26 @@ class Rule:
         return {"relu": "relu", "relu2": "relu2"}.get(self.gate) if plain else None
 
     @property
-    def native(self) -> bool:
-        """Whether the ops compute this rule, in a gated FFN, and skip what it drops; else it runs simulated."""
-        stock = (self.gate, self.up, self.keep) == ("stock", "stock", "threshold")
-        return stock or self.stock_activation == "relu"
+    def op(self) -> str | None:
+        """The name under which the ops compute this rule, in a gated FFN, and skip what it drops; None: simulated."""
+        if (self.gate, self.up, self.keep) == ("stock", "stock", "threshold"):
+            return "threshold"
+        if self.keep != "nonzero" or self.gate == "stock":
+            return None
+        if self.up == "relu":
+            return "drelu" if self.gate == "relu" else None
+        return self._gate_name
+
+    @property
+    def op_threshold(self) -> Tensor:
+        """The threshold as `ruled_gate` takes it: for the statistical rules a number of deviations, fp32 `[F]`."""
+        if not self.gate.startswith("statistical_topk"):
+            return self.threshold
+        return torch.full(self.threshold.shape[-1:], NormalDist().inv_cdf(1 - self.share))
+
+    @property
+    def _gate_name(self) -> str:
+        return "gate_threshold" if self.gate == "threshold" else self.gate
 
     @property
     def substitutes(self) -> bool:
@@ -77,23 +90,8 @@ class Rule:
         """What stands for `stock = act(g)`; g `[..., F]`."""
         if self.gate == "stock":
             return stock
-        return self._blend(stock, self._gate(g, stock, act))
-
-    def _gate(self, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-        theta = self.threshold.to(g.device)
-        if self.gate == "threshold":
-            return torch.where(stock.abs() >= theta, stock, 0.0)
-        if self.gate == "relu":
-            return torch.relu(g - theta.to(g.dtype))
-        if self.gate == "fatrelu":
-            return torch.where((g > 0) & (g >= theta), g, 0.0)
-        if self.gate == "relu2":
-            return torch.relu(g).square()
-        wide = g.float()
-        cut = wide.mean(-1, keepdim=True) + NormalDist().inv_cdf(1 - self.share) * wide.std(-1, keepdim=True)
-        if self.gate == "statistical_topk":
-            return torch.where(wide > cut, stock, 0.0)
-        return act(torch.relu(wide - cut).to(g.dtype))
+        threshold = self.op_threshold.to(g.device)
+        return self._blend(stock, ruled_gate(self._gate_name, g, stock, act, threshold))
 
     def activate_up(self, u: Tensor) -> Tensor:
         return u if self.up == "stock" else self._blend(u, torch.relu(u))

@@ -87,7 +87,8 @@ def ffn_read(model: Any, blocks: list[FFNBlock], itemsize: int) -> tuple[float, 
         module = model.get_submodule(block.path)
         tokens, selected, kept = module.counts.tolist()
         state = [module.threshold, *module.predictor]
-        read += row_bytes(block, itemsize) * (2 * selected + kept) / tokens
+        gates = selected if module.mode == "predicted" else tokens * module.neurons
+        read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
         read += sum(t.numel() * t.element_size() for t in state)
         dense += 3 * block.neurons * block.hidden * itemsize
     return read, dense

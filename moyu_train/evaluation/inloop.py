@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from moyu_kernels.rules import Rule
+from moyu_kernels.seam import Seam
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
@@ -22,7 +23,7 @@ LINE = 64  # bytes of a cache line
 
 @dataclass
 class Counts:
-    """Neurons selected (gate and up read) and kept (down read) of each layer, and tokens: fp64 sums `[L]`."""
+    """Neurons selected (up read; gate too where a predictor selects) and kept (down read), and tokens: fp64 `[L]`."""
 
     selected: Tensor
     kept: Tensor
@@ -46,16 +47,19 @@ def bytes_skipped(
 ) -> float:
     """Share of the FFN weight bytes that a batch-1 decode step does not read (DESIGN: the headline number).
 
-    Read are: gate and up rows of selected neurons, down rows of kept ones, all of the predictor, all thresholds.
+    Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
+    ones, all of the predictor, all thresholds.
     """
     read = dense = 0.0
     for layer, block in enumerate(blocks):
         row = row_bytes(block, itemsize)
         tokens = counts.tokens[layer].item()
-        matrices = 1 if block.layout == "plain" else 2
-        read += row * (matrices * counts.selected[layer].item() + counts.kept[layer].item()) / tokens
+        tokens, selected = counts.tokens[layer].item(), counts.selected[layer].item()
+        gated = block.layout != "plain"
+        gates = (selected if predictors else tokens * block.neurons) if gated else 0
+        read += row * (gates + selected + counts.kept[layer].item()) / tokens
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
-        dense += (matrices + 1) * block.neurons * block.hidden * itemsize
+        dense += (3 if gated else 2) * block.neurons * block.hidden * itemsize
     return 1 - read / dense
 
 
@@ -88,6 +92,18 @@ class SparseMasks:
         self.norms = [block.down_norms() for block in self.blocks]
         self.counts = Counts.zeros(len(self.blocks))
         self._masking = Masking(self.blocks, self._keep, inputs=bool(predictors), rules=rules)
+        self._gate_seams: dict[int, Seam] = {}
+        if not predictors:  # then a rule's gate, seen here after `masking` has put it there, says whose up is read
+            for layer, (block, rule) in enumerate(zip(self.blocks, rules, strict=True)):
+                if block.layout == "gated" and rule.op not in (None, "threshold"):
+                    self._gate_seams[layer] = Seam(block.module, block.act, output=self._gate_counter(layer))
+
+    def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
+        def count(args: tuple[Tensor, ...], gate: Tensor) -> Tensor:
+            self.counts.selected[layer] += (gate != 0).sum().item()
+            return gate
+
+        return count
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
         norm = self.norms[layer] if expert is None else self.norms[layer][expert]
@@ -100,7 +116,7 @@ class SparseMasks:
             selected = scores > self.cuts[layer]
             keep = rule & selected
         else:
-            selected, keep = torch.ones_like(rule), rule
+            selected, keep = torch.full_like(rule, layer not in self._gate_seams), rule
         if self.oracle:
             keep = largest(contribution, keep.sum(-1))
         counts = self.counts
@@ -115,6 +131,8 @@ class SparseMasks:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        for seam in self._gate_seams.values():
+            seam.remove()
         self._masking.remove()
         self.inputs.__exit__(*exc)
 

@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     model = load_dense(folder)
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
-    simulated = not rules[0].native or any(block.layout != "gated" for block in masks.blocks)
+    simulated = rules[0].op is None or any(block.layout != "gated" for block in masks.blocks)
     figures: dict[str, Any] = {
         "scores": sparse,
         "simulated": simulated,  # without an op nothing is skipped

@@ -276,11 +276,15 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from moyu_kernels.ops.cpu import build
 build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
+import test_gate_rules as gates
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
     for family in tests.FAMILIES:
         tests.test_equals_naive(family, 3, tests.ODD, dtype)
         tests.test_rows_equal_batch_of_one_bitwise(dtype, family)
+    for rule in gates.RULES:
+        gates.test_equals_naive(rule, 3, dtype)
+        gates.test_rows_equal_batch_of_one_bitwise(rule, dtype)
     tests.test_linear(dtype, True)
     tests.test_attend(dtype, (2, 4, 4, 37, 33))
 """

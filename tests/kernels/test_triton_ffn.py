@@ -259,6 +259,7 @@ def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> 
     ("change", "message"),
     [
         ({"act": "tanh"}, "act is 'tanh'"),
+        ({"rule": "relu"}, "rule 'relu' has no triton op yet"),
         ({"x": torch.zeros(1, 65, dtype=torch.float64)}, "float64: the triton backend supports bfloat16"),
         ({"x": torch.zeros(9, 65)}, "N from 1 to 8"),
         ({"x": torch.zeros(0, 65)}, "N from 1 to 8"),

@@ -20,8 +20,8 @@ MAX_ROWS = 8
 
 _library = torch.library.Library("moyu", "FRAGMENT")
 _library.define(
-    "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor)"
-    " -> (Tensor, Tensor)"
+    "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
+    " str rule='threshold') -> (Tensor, Tensor)"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
@@ -31,7 +31,14 @@ _library.define("read_sum(Tensor buffer) -> Tensor")
 
 @torch.library.register_fake("moyu::gated_ffn")
 def _(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str = "threshold",
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
@@ -94,16 +101,18 @@ def gated_ffn(
     threshold: Tensor,
     act: str,
     predictor: list[Tensor],
+    rule: str = "threshold",
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
 
-    With a predictor, gate and up rows of neurons that no row selects are not read, nor down rows that no row keeps.
+    Down rows that no row keeps are not read. With a predictor, neither are gate and up rows of neurons that no row
+    selects; without one, but a rule other than "threshold", up rows of neurons that no row's gate lets pass.
 
     Args and returns: as `naive.gated_ffn`; x, gate, up and down bfloat16, float16 or float32, weights contiguous.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor)
+    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 // Bytes of a stream that are fetched before their use. They are fetched again at half that distance: a fetch is dropped
 // where the memory has no room for it just then.
 constexpr int64_t LOOKAHEAD = 1 << 14;
+constexpr int64_t CHUNK = 1 << 15;  // bytes of a matrix that a thread claims at once
 constexpr int64_t MAX_ROWS = 8;  // tokens of one call: one bit each in a byte of the mask
 
 template <class... Text>
@@ -160,6 +161,24 @@ Rows<W, M> rows_from(const W* base, int64_t d, int64_t row, int64_t end) {
   Rows<W, M> rows;
   for (int m = 0; m < M; ++m) rows.row[m] = base + std::min(row + m, end - 1) * d;
   return rows;
+}
+
+// CHUNK in rows of d elements.
+template <class W>
+int64_t chunk_rows(int64_t d) {
+  return std::max<int64_t>(1, CHUNK / (d * static_cast<int64_t>(sizeof(W))));
+}
+
+// out(row, n, dot(weight row, x[n])) for `count` rows in order; fetches ahead within the `left` rows that follow.
+template <class W, class Out>
+void stream_dots(const W* weight, int64_t count, int64_t left, const float* x, int64_t rows, int64_t stride, int64_t d,
+                 Out out) {
+  const int64_t lead = lookahead_rows<W>(d);
+  for (int64_t row = 0; row < count; ++row) {
+    const auto later = [&](int64_t rows) { return weight + (row + std::min(rows, left - row - 1)) * d; };
+    dots_tiled(Rows<W, 1>{{weight + row * d}}, Rows<W, 2>{{later(lead), later(lead / 2)}}, x, rows, stride, d,
+               [&](int, int64_t n, float value) { out(row, n, value); });
+  }
 }
 
 template <class F>

@@ -7,8 +7,6 @@
 
 namespace moyu {
 
-constexpr int64_t CHUNK = 1 << 15;  // bytes of weights that a thread claims at once
-
 // Several layers on one input: y [N, all outputs] holds theirs side by side.
 template <class W>
 void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Tensor& y) {
@@ -24,7 +22,7 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
   };
   static thread_local std::vector<Range> ranges;
   ranges.clear();
-  const int64_t step = std::max<int64_t>(1, CHUNK / (d * static_cast<int64_t>(sizeof(W))));
+  const int64_t step = chunk_rows<W>(d);
   W* out = data<W>(y);
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const W* weight = data<const W>(weights[layer]);
@@ -36,18 +34,12 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
     out += outputs;
   }
   const Range* all = ranges.data();
-  const int64_t lead = lookahead_rows<W>(d);
   for_ranges(ranges.size(), [&](int64_t i) {
     const Range& range = all[i];
-    for (int64_t row = 0; row < range.count; ++row) {
-      const W* weight = range.weight + row * d;
-      const auto later = [&](int64_t rows) { return weight + std::min(rows, range.left - row - 1) * d; };
-      dots_tiled(Rows<W, 1>{{weight}}, Rows<W, 2>{{later(lead), later(lead / 2)}}, wide, rows, stride, d,
-                 [&](int, int64_t n, float value) {
-                   const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
-                   range.out[n * width + row] = static_cast<W>(sum);
-                 });
-    }
+    stream_dots(range.weight, range.count, range.left, wide, rows, stride, d, [&](int64_t row, int64_t n, float value) {
+      const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
+      range.out[n * width + row] = static_cast<W>(sum);
+    });
   });
 }
 

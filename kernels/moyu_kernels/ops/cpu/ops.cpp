@@ -36,13 +36,17 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
 }
 
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
-                                     const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor) {
+                                     const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor,
+                                     std::string rule) {
   const char* op = "gated_ffn";
   check_input(op, x);
   REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
   const int64_t d = x.size(1), neurons = gate.size(0);
   const ScalarType dtype = x.scalar_type();
   const Act activation = parse_act(act);
+  const Rule kept_by = parse_rule(rule);
+  REQUIRE(predictor.empty() || !whole_row(kept_by), op, ": rule '", rule,
+          "' needs the gates of all neurons, so a predictor has none to skip; pass []");
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
@@ -51,7 +55,7 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "down", down, {neurons, d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons);
-    run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, y, counts);
+    run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, kept_by, y, counts);
   });
   return {y, counts};
 }

@@ -27,6 +27,20 @@ inline float activate(Act act, float g) {
   }
 }
 
+// As naive.RULES.
+enum class Rule { threshold, gate_threshold, relu, fatrelu, relu2, drelu, statistical_topk, statistical_topk_soft };
+
+Rule parse_rule(const std::string& name) {
+  constexpr const char* NAMES[] = {"threshold", "gate_threshold", "relu",            "fatrelu",
+                                   "relu2",     "drelu",          "statistical_topk", "statistical_topk_soft"};
+  for (int i = 0; i < 8; ++i)
+    if (name == NAMES[i]) return static_cast<Rule>(i);
+  REQUIRE(false, "gated_ffn: rule '", name, "' is unknown; use threshold, gate_threshold, relu, fatrelu, relu2, drelu, ",
+          "statistical_topk or statistical_topk_soft");
+}
+
+inline bool whole_row(Rule rule) { return rule == Rule::statistical_topk || rule == Rule::statistical_topk_soft; }
+
 // activate() in place on `count` values, a multiple of LANES: silu, by far the commonest, in vectors.
 inline void activate_all(Act act, float* g, int64_t count) {
   if (act != Act::silu) {
@@ -38,6 +52,40 @@ inline void activate_all(Act act, float* g, int64_t count) {
     store(g + i, v * (v > 0.0f ? Vec{} + 1.0f : e) / (1.0f + e));
   }
 }
+
+// What a rule puts in place of act(g) (naive.ruled_gate).
+struct Gate {
+  Act act;
+  Rule rule;
+  const float* threshold;  // [neurons]
+
+  // Of neuron f; mean and deviation of its row's gates where the rule asks for them.
+  float operator()(float g, int64_t f, float mean = 0.0f, float deviation = 0.0f) const {
+    const float t = threshold[f], level = mean + t * deviation;
+    switch (rule) {
+      case Rule::threshold: return activate(act, g);
+      case Rule::gate_threshold: return cut(activate(act, g), t);
+      case Rule::fatrelu: return g > 0.0f && g >= t ? g : 0.0f;
+      case Rule::relu2: return g > 0.0f ? g * g : 0.0f;
+      case Rule::statistical_topk: return g > level ? activate(act, g) : 0.0f;
+      case Rule::statistical_topk_soft: return g > level ? activate(act, g - level) : 0.0f;
+      default: return g > t ? g - t : 0.0f;
+    }
+  }
+
+  // In place on `count` values from neuron f on, in a buffer that goes on to a multiple of LANES.
+  void all(float* g, int64_t f, int64_t count, float mean = 0.0f, float deviation = 0.0f) const {
+    if (rule != Rule::threshold && rule != Rule::gate_threshold) {
+      for (int64_t i = 0; i < count; ++i) g[i] = (*this)(g[i], f + i, mean, deviation);
+      return;
+    }
+    activate_all(act, g, (count + LANES - 1) / LANES * LANES);
+    if (rule == Rule::gate_threshold)
+      for (int64_t i = 0; i < count; ++i) g[i] = cut(g[i], threshold[f + i]);
+  }
+
+  static float cut(float value, float t) { return std::fabs(value) >= t ? value : 0.0f; }
+};
 
 // Two matrices (naive.lowrank_scores).
 struct LowRank {
@@ -156,7 +204,7 @@ struct LowBit {
   const float *gate_scale, *up_scale, *weight, *bias;
   Rounded x;
   int64_t rows, neurons;
-  Act act;
+  Gate gate;
 
   // As LowRank::select.
   template <int64_t SIZE>
@@ -177,7 +225,7 @@ struct LowBit {
         products(gate_codes, gate_scale, f, gates);
         products(up_codes, up_scale, f, ups);
       }
-      activate_all(act, gates, SIZE);
+      gate.all(gates, first, size);
       for (int64_t j = 0; j < size; ++j)
         mask[j] |= (weight[first + j] * std::sqrt(std::fabs(gates[j] * ups[j])) + bias[first + j] > 0.0f) << n;
     }

@@ -17,6 +17,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
 }
 
+# How the op drops neurons: by a threshold on a, or by what stands for act(g), see `ruled_gate`.
+RULES = (
+    "threshold",
+    "gate_threshold",
+    "relu",
+    "fatrelu",
+    "relu2",
+    "drelu",
+    "statistical_topk",
+    "statistical_topk_soft",
+)
+WHOLE_ROW = ("statistical_topk", "statistical_topk_soft")  # rules that need the gates of all neurons: no predictor
+SUBSTITUTES = ("relu", "fatrelu", "relu2", "drelu")  # rules that are another function, not a mask on the stock one
 
 # Tensors of a predictor by family, in the order in which the ops take them.
 PREDICTORS = {
@@ -40,7 +53,8 @@ def predictor_family(predictor: list[Tensor]) -> str:
 def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
     """Score of each neuron; a neuron is selected where its score is above zero.
 
-    Args: x `[N, D]` model dtype; predictor the tensors of a family in `PREDICTORS`; act the FFN's activation.
+    Args: x `[N, D]` model dtype; predictor the tensors of a family in `PREDICTORS`; act the FFN's activation, or what a
+        rule puts in its place.
     Returns: `[N, F]` fp32.
     """
     if predictor_family(predictor) == "lowrank":
@@ -109,6 +123,48 @@ def pack_codes(levels: Tensor) -> Tensor:
     return first | second << 2 | third << 4 | last << 6
 
 
+def ruled_gate(rule: str, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor], threshold: Tensor) -> Tensor:
+    """What stands for `stock = act(g)` under a rule, zero where the gate drops the neuron; of the dtype of `g`.
+
+    "gate_threshold": `act(g)` where `abs(act(g)) >= threshold` (CATS, arXiv 2404.08763); "relu" and "drelu":
+    `relu(g - threshold)` (arXiv 2310.04564, 2406.05955); "fatrelu": g where `g > 0` and `g >= threshold` (ProSparse,
+    arXiv 2402.13516); "relu2": `relu(g) ** 2` (arXiv 2402.03804); "statistical_topk": `act(g)` where g is above
+    t = mean + threshold * deviation of g over the neurons; "statistical_topk_soft": `act(relu(g - t))` (Spark, arXiv
+    2506.06644); "threshold": `act(g)`.
+
+    Args: g, stock `[..., F]`; act also for values of other neurons than g's; threshold `[F]` fp32.
+    """
+    if rule == "threshold":
+        return stock
+    if rule == "gate_threshold":
+        return torch.where(stock.abs() >= threshold, stock, 0.0)
+    if rule in ("relu", "drelu"):
+        return torch.relu(g - threshold.to(g.dtype))
+    if rule == "fatrelu":
+        return torch.where((g > 0) & (g >= threshold), g, 0.0)
+    if rule == "relu2":
+        return torch.relu(g).square()
+    wide = g.float()
+    level = wide.mean(-1, keepdim=True) + threshold * wide.std(-1, keepdim=True)
+    if rule == "statistical_topk":
+        return torch.where(wide > level, stock, 0.0)
+    return act(torch.relu(wide - level).to(g.dtype))
+
+
+def ruled_activation(g: Tensor, u: Tensor, threshold: Tensor, act: str, rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    """a `[..., F]` of g's dtype, set to zero where it is not kept, and which neurons gate and rule keep, bool.
+
+    What is not a number is not kept.
+
+    Args: g, u `[..., F]`; threshold `[F]` fp32; act a name from `ACTIVATIONS`; rule one from `RULES`.
+    """
+    function = ACTIVATIONS[act]
+    gate = ruled_gate(rule, g, function(g), function, threshold)
+    a = gate * (torch.relu(u) if rule == "drelu" else u)
+    kept = (a.abs() >= (threshold if rule == "threshold" else 0.0)) & (a != 0)
+    return torch.where(kept, a, 0.0), gate.abs() > 0, kept
+
+
 def gated_ffn(
     x: Tensor,
     gate: Tensor,
@@ -117,20 +173,29 @@ def gated_ffn(
     threshold: Tensor,
     act: str,
     predictor: list[Tensor],
+    rule: str = "threshold",
 ) -> tuple[Tensor, Tensor]:
     """`y = a @ down` with `a = act(x @ gate.T) * (x @ up.T)`, set to zero where it is not kept.
 
-    A neuron is kept where `abs(a) >= threshold` (the rule) and, if a predictor is given, where its score is above
-    zero. Everything after the dtype of the weights is fp32; the output is cast back to the dtype of `x`.
+    By default a neuron is kept where `abs(a) >= threshold`. The other rules put something else in place of `act(g)`
+    (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is given,
+    only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the dtype
+    of the weights is fp32; the output is cast back to the dtype of `x`.
 
     Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32 (0 keeps all);
-        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`.
-    Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
+        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`.
+    Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected, which are those whose up row is needed
+        (by the predictor; without one by the gate, or all F under the rule "threshold"), and neurons kept.
+    Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`.
     """
-    function = ACTIVATIONS[act]
-    a = function(x.float() @ gate.float().T) * (x.float() @ up.float().T)
-    selected = predictor_scores(x, predictor, function) > 0 if predictor else torch.ones_like(a, dtype=torch.bool)
-    kept = selected & (a.abs() >= threshold) & (a != 0)
+    if predictor and rule in WHOLE_ROW:
+        raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
+    a, passed, kept = ruled_activation(x.float() @ gate.float().T, x.float() @ up.float().T, threshold, act, rule)
+    selected = passed if rule != "threshold" else torch.ones_like(passed)
+    if predictor:
+        function = ACTIVATIONS[act]
+        selected = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold)) > 0
+        kept = kept & selected
     y = torch.where(kept, a, 0.0) @ down.float()
     counts = torch.stack([selected.sum(-1), kept.sum(-1)], dim=-1).to(torch.int32)
     return y.to(x.dtype), counts

@@ -106,9 +106,11 @@ def _target(device: torch.device) -> GPUTarget:
 
 
 def _check(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor], rule: str
 ) -> None:
     """Refuses what the kernels do not compute exactly."""
+    if rule != "threshold":
+        raise ValueError(f"rule {rule!r} has no triton op yet; use the backend cpu or reference")
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}: the triton backend supports {', '.join(ACTIVATIONS)}")
     if x.dtype not in DTYPES:
@@ -157,14 +159,15 @@ def gated_ffn(
     threshold: Tensor,
     act: str,
     predictor: list[Tensor],
+    rule: str = "threshold",
 ) -> tuple[Tensor, Tensor]:
-    """`naive.gated_ffn` for 1 to 8 rows; 2 launches, or 3 with a predictor.
+    """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, or 3 with a predictor.
 
     Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
         `ACTIVATIONS`; predictor `[]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
-    _check(x, gate, up, down, threshold, act, predictor)
+    _check(x, gate, up, down, threshold, act, predictor, rule)
     if x.device.type != "cuda" and isinstance(down_kernel, triton.JITFunction):
         raise ValueError(
             f"x is on {x.device}: the triton backend needs a GPU (or TRITON_INTERPRET=1 before the import)"
@@ -178,7 +181,14 @@ def gated_ffn(
 
 @gated_ffn.register_fake
 def _(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor]
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str = "threshold",
 ) -> tuple[Tensor, Tensor]:
-    _check(x, gate, up, down, threshold, act, predictor)
+    _check(x, gate, up, down, threshold, act, predictor, rule)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)
