@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, or 1 after an error that the user can act on (2 for usage)."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, not imported yet, then asks for huge pages on a CPU
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
     if rest and known.verb not in ("run", "step-cost", "inspect", *STAGE_VERBS):
