@@ -70,14 +70,14 @@ def routes(rows: list[dict[str, Any]]) -> Figure:
     """Rows of `collect`: quality of each route, as far as it got."""
     figure, axes = _axes("neurons off", "perplexity, relative to the dense parent")
     for row in rows:
-        place = row["neurons_off"], row["ppl_over_dense"]
-        axes.scatter(*place, s=60)
-        axes.annotate(f"{row['route']}, {row['tokens']:,} tokens", place, xytext=(6, 6), textcoords="offset points")
+        label = f"{row['route']}, {row['tokens']:,} tokens: {row['ppl_over_dense']:.3f}"
+        axes.scatter(row["neurons_off"], row["ppl_over_dense"], s=60, label=label)
     axes.axhline(1.0, linestyle=":", color="black")
+    axes.legend()
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.margins(x=0.35, y=0.12)
+    axes.margins(x=0.1, y=0.1)
     return figure
 
 
