@@ -175,7 +175,11 @@ class Run:
         asked = self.recipe.finetune.parent
         if asked in ("", CONTROL):
             return
-        own, other = (model.config.get_text_config().vocab_size for model in (self.skeleton, skeleton(self._parent)))
+        try:
+            parent = skeleton(self._parent)
+        except MoyuError as error:
+            raise MoyuError(f"finetune.parent: {error}; train it first, or give a dense model that is there") from error
+        own, other = (model.config.get_text_config().vocab_size for model in (self.skeleton, parent))
         if own != other:
             raise MoyuError(
                 f"finetune.parent {asked!r} has a vocabulary of {other} tokens and the model one of {own}, so their "

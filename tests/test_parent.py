@@ -74,6 +74,8 @@ def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     with pytest.raises(MoyuError, match="vocabulary of 300 tokens and the model one of 259"):
         Run(Recipe.model_validate(settings_in(tmp_path, str(tmp_path / "other"))))
+    with pytest.raises(MoyuError, match=r"finetune\.parent: model 'no/such/folder' could not be loaded"):
+        Run(Recipe.model_validate(settings_in(tmp_path, "no/such/folder")))
     with pytest.raises(ValueError, match="control is null"):
         Recipe.model_validate(settings_in(tmp_path, "control") | {"control": None})
     assert tiny_model().config.vocab_size == 259
