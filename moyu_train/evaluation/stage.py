@@ -33,8 +33,8 @@ def evaluate_checkpoint(
     """A sparse checkpoint as it decodes: predicted masks at every scored position, and the same through the kernels.
 
     The masked multi-token path computes in fp32 on the stored weights. `kernel_tokens` of the text are decoded one by
-    one through the kernels, and have to give the same perplexity in fp32; in the stored dtype it is measured only, since
-    rounding moves activations over their thresholds. `beside` measures what else is asked for, under the same masks.
+    one through the kernels, and have to give the same perplexity in fp32; in the stored dtype it is measured, since
+    rounding moves activations over thresholds. `beside` measures what else is asked for, under the same masks.
     """
     rules, predictors = read_state(folder)
     inputs = read_inputs(folder)
