@@ -77,6 +77,19 @@ def test_token_loss_and_its_gradient_are_those_of_the_formulas(top_k: int | None
     torch.testing.assert_close(torch.autograd.grad(loss * 3.0, logits)[0], expected)
 
 
+def test_what_is_not_scored_may_be_no_number() -> None:
+    logits, parent = torch.randn(1, 9, 11), torch.randn(1, 9, 11)
+    labels = torch.randint(0, 11, (1, 9))
+    labels[0, :4] = -100
+    expected, _ = token_loss(logits, labels, Weights(1.0, 0.5), parent)
+    logits[0, :3] = parent[0, :3] = torch.nan
+    loss, _ = token_loss(logits.requires_grad_(), labels, Weights(1.0, 0.5), parent)
+    torch.testing.assert_close(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient[0, :3] == 0).all()
+    assert gradient.isfinite().all()
+
+
 def test_token_loss_without_a_parent_is_the_cross_entropy() -> None:
     logits = torch.randn(2, 50, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.randint(0, 11, (2, 50))

@@ -205,13 +205,11 @@ def _install(
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
     backend = resolve_backend(backend, next(module.parameters()).device)
-    reason = simulated_because(module, block, act_name, rule, backend)
-    if not reason:
+    op, reason = _op_on(backend, rule), simulated_because(module, block, act_name, rule, backend)
+    if op and not reason:
         projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
         act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-        ffn = SparseGatedFFN(
-            projections, act, rule.op_threshold, predictor, mode, backend, _op_on(backend, rule) or "threshold"
-        )
+        ffn = SparseGatedFFN(projections, act, rule.op_threshold, predictor, mode, backend, op)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
         return

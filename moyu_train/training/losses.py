@@ -57,20 +57,20 @@ class _TokenLoss(torch.autograd.Function):
             scored, place = target != -100, target.clamp_min(0)[:, None]
             log_q = row.float().log_softmax(-1)
             slope = log_q.exp()
-            part[1] = -(log_q.gather(-1, place)[:, 0] * scored).sum()
+            part[1] = -log_q.gather(-1, place)[:, 0].where(scored, 0.0).sum()
             if parent_row is not None:
                 log_p = parent_row.float().log_softmax(-1)
                 if weights.top_k is not None:
                     log_p = kl_target(log_p, log_q, weights.top_k)
                 p = log_p.exp()
-                part[0] = (log_p.sub_(log_q).mul_(p).sum(-1) * scored).sum()
+                part[0] = log_p.sub_(log_q).mul_(p).sum(-1).where(scored, 0.0).sum()
             if out is None:
                 continue
             slope *= weights.lm + (weights.kl if parent_row is not None else 0.0)
             if parent_row is not None:
                 slope.sub_(p, alpha=weights.kl)
             slope.scatter_add_(-1, place, slope.new_full(place.shape, -weights.lm))
-            out.copy_(slope.mul_(scored[:, None]))
+            out.copy_(slope.masked_fill_(~scored[:, None], 0.0))
         total = parts.sum(0)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(total)
