@@ -8,6 +8,7 @@ from moyu_train.models.blocks import describe_blocks
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.allocation import check_allocation, densities
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.rule import calibrate_rule
 
@@ -25,6 +26,8 @@ def sparsify(model: Any, recipe: Recipe, documents: Documents) -> SparsityContro
         raise MoyuError("sparsify holds a rule only; train with moyu_train's SparsityTrainer to use recipe.penalty")
     describe_blocks(model.config, recipe.described)
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-    density = 1 - recipe.target_sparsity
-    rule = calibrate_rule(model, cls, options, density, documents, recipe.calibrate.tokens, passes=2)
-    return SparsityControl(model, rule, density)
+    check_allocation(cls, recipe)
+    targets = densities(model, recipe, documents)
+    rule = calibrate_rule(model, cls, options, targets, documents, recipe.calibrate.tokens, passes=2)
+    together = recipe.allocation.method == "learned"
+    return SparsityControl(model, rule, 1 - recipe.target_sparsity, targets=targets, together=together)

@@ -33,6 +33,7 @@ from moyu_train.progress import console
 from moyu_train.recipe import CONTROL, Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.allocation import check_allocation
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
@@ -57,7 +58,7 @@ STAGES = {
             "calibrate",
             "moyu_train.training.stages:calibrate",
             (),
-            ("calibrate", "sparsifier", "target_sparsity", "inputs"),
+            ("calibrate", "sparsifier", "target_sparsity", "inputs", "allocation"),
         ),
         Stage(
             "fit-predictors",
@@ -135,6 +136,7 @@ class Run:
         check_marker(self.skeleton.config)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
         cls.check(blocks)
+        check_allocation(cls, self.recipe)
         if self.recipe.inputs:
             method, _ = resolve("inputs", self.recipe.inputs, SPARSIFIERS)
             method.check(find_inputs(self.skeleton, self.recipe.inputs.modules))

@@ -13,6 +13,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.settings import (
+    Allocation,
     Analyze,
     Bench,
     Block,
@@ -46,6 +47,7 @@ class Recipe(Section):
     data: Data = Data()
     analyze: Analyze = Analyze()
     sparsifier: Method = Method(name="threshold")
+    allocation: Allocation = Allocation()
     inputs: Inputs | None = Field(None, description="also sparse inputs of other linear layers")
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
@@ -75,6 +77,11 @@ class Recipe(Section):
             _known("predictor", self.predictor.name, PREDICTORS)
         if self.inputs:
             _known("inputs", self.inputs.name, SPARSIFIERS)
+        if self.allocation.method == "greedy" and self.target_sparsity > self.allocation.most:
+            raise ValueError(
+                f"target_sparsity {self.target_sparsity} is above allocation.most {self.allocation.most}, which no "
+                "layer goes beyond; raise allocation.most"
+            )
         if self.finetune.parent == CONTROL and not self.control:
             raise ValueError("finetune.parent 'control' distils from the dense control, and control is null; give one")
         if self.penalty:

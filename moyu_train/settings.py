@@ -197,6 +197,24 @@ class Calibrate(Section):
     bytes_skipped: float = Field(0.45, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read")
 
 
+class Allocation(Section):
+    """How `target_sparsity` is shared out among the layers (moyu_train/training/allocation.py).
+
+    `uniform`: every layer is held at it. `greedy`: each layer at what its block's error says, before training.
+    `learned`: only the mean is held, by one factor on the thresholds of all layers, so that training shares it out.
+    """
+
+    method: Literal["uniform", "greedy", "learned"] = "uniform"
+    step: float = Field(0.04, gt=0, le=0.25, description="greedy: share of a layer's neurons that is taken at a time")
+    most: float = Field(0.98, gt=0, lt=1, description="greedy: sparsity that no layer goes beyond")
+
+    @property
+    def sparsities(self) -> list[float]:
+        """Those at which greedy measures a block's error."""
+        count = max(math.floor(self.most / self.step + 1e-9), 1)
+        return [self.most * (i + 1) / count for i in range(count)]
+
+
 class Export(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 

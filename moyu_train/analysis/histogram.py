@@ -1,5 +1,7 @@
 """Streamed distribution of a value per layer; memory does not grow with the number of tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,10 @@ class Histogram:
         bins = ((values.detach() - self.low) / self.step).clamp(0, BINS - 1).long()
         self.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS).double().cpu()
 
-    def levels(self, density: float) -> list[float]:
-        """Per layer the value that a share `density` of the counted values reaches, interpolated within a bin."""
+    def levels(self, densities: Sequence[float]) -> list[float]:
+        """Per layer the value that its share of the counted values reaches, interpolated within a bin."""
         levels = []
-        for counts in self.counts:
+        for counts, density in zip(self.counts, densities, strict=True):
             above = counts.flip(0).cumsum(0).flip(0) / counts.sum()  # share at or above each bin's lower edge
             i = int((above >= density).nonzero().max())
             next_above = above[i + 1].item() if i + 1 < BINS else 0.0

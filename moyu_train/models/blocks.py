@@ -61,10 +61,14 @@ class FFNBlock:
 
     def down_norms(self) -> Tensor:
         """`norm(W_down[:, i])` of each neuron, fp32 `[F]`, or `[E, F]` for experts."""
-        down = self.weights()[-1].float()
+        return self.down_matrix().float().norm(dim=-2)
+
+    def down_matrix(self, expert: int | None = None) -> Tensor:
+        """The down projection `[D, F]`; for experts all of them, `[E, D, F]`, or one."""
+        down = self.weights()[-1]
         if self.layout == "experts":
-            return down.norm(dim=-2)  # [E, D, F]
-        return down.norm(dim=1) if isinstance(base_layer(getattr(self.module, self.down)), Conv1D) else down.norm(dim=0)
+            return down if expert is None else down[expert]
+        return down.T if isinstance(base_layer(getattr(self.module, self.down)), Conv1D) else down
 
 
 def _match(path: str, module: Any, gate: str | None, up: str, down: str, act: str) -> FFNBlock | str:

@@ -1,6 +1,6 @@
 """Holds a sparsifier on a live model during training: masks at the seam, density statistics, closed-loop thresholds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class SparsityControl(TrainerCallback):
         model: the student; its config gets the marker at once, so that no checkpoint of it can pass for a dense model.
         sparsifier: an instance from the registry, with its thresholds.
         target: density that the rule is held at, the share of neurons kept per token.
+        targets: of each layer, where they are not all `target`, their mean.
+        together: hold the mean alone, by one factor on the thresholds of all layers.
         predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
         penalty: an instance from the registry. It sees the activations before the mask. A trainer runs its forward
             within `armed` and adds what `take_penalty` returns to its loss, as SparsityTrainer does.
@@ -50,8 +52,11 @@ class SparsityControl(TrainerCallback):
         penalty: Any = None,
         adaptive: AdaptiveCoefficient | None = None,
         blocks: list[FFNBlock] | None = None,
+        targets: Sequence[float] | None = None,
+        together: bool = False,
     ) -> None:
         self.blocks: list[FFNBlock] = blocks or find_blocks(model)
+        self.targets, self.together = targets or [target] * len(self.blocks), together
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
         self.penalty, self.adaptive = penalty, adaptive
         self._terms: list[Tensor] = []
@@ -152,7 +157,10 @@ class SparsityControl(TrainerCallback):
         if self.adaptive:
             self.adaptive.update(kept, self.target, progress)
         for layer, density in enumerate(self.density[:, 0].tolist()):
-            self.sparsifier.control(layer, density, self.target)
+            if self.together:
+                self.sparsifier.control(layer, kept, self.target)
+            else:
+                self.sparsifier.control(layer, density, self.targets[layer])
         self.sparsifier.advance(progress)
 
     def take_density(self) -> float:

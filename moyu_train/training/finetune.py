@@ -4,7 +4,7 @@ import gc
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,8 +183,17 @@ def _check_memory(run: "Run", parent: bool) -> None:
     check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
 
 
-def sparsity_on(run: "Run", model: Any, sparsifier: Any, predictors: list[dict[str, Tensor]]) -> SparsityControl:
-    """The rule and predictors on `model`, and the recipe's penalty, scaled on the text and weights it starts from."""
+def sparsity_on(
+    run: "Run",
+    model: Any,
+    sparsifier: Any,
+    predictors: list[dict[str, Tensor]],
+    targets: Sequence[float] | None = None,
+) -> SparsityControl:
+    """The rule and predictors on `model`, and the recipe's penalty, scaled on the text and weights it starts from.
+
+    targets: density of each layer, default the recipe's in all.
+    """
     recipe = run.recipe
     penalty = adaptive = None
     if recipe.penalty:
@@ -195,7 +204,16 @@ def sparsity_on(run: "Run", model: Any, sparsifier: Any, predictors: list[dict[s
         if recipe.penalty.adaptive:
             loop = recipe.penalty.adaptive
             adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
-    return SparsityControl(model, sparsifier, 1 - recipe.target_sparsity, predictors, penalty, adaptive)
+    return SparsityControl(
+        model,
+        sparsifier,
+        1 - recipe.target_sparsity,
+        predictors,
+        penalty,
+        adaptive,
+        targets=targets,
+        together=recipe.allocation.method == "learned",
+    )
 
 
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
@@ -207,7 +225,8 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0)
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
-    sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors)
+    targets = run.figures("calibrate")["densities"]
+    sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors, targets)
     inputs = inputs_on(run, model)
     if recipe.delta:
         model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity, inputs)

@@ -1,8 +1,10 @@
 """Calibrates a sparsifier's levels on text: the quantile of its statistic that keeps the target density."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from moyu_kernels.rules import Rule
 from torch import Tensor
 
 from moyu_train.analysis.histogram import Histogram
@@ -15,12 +17,44 @@ from moyu_train.progress import track
 LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
 
 
+# see(layer, statistic, a, expert) -> mask of `a`, or None to leave it; the statistic is fp32 of a's shape.
+See = Callable[[int, Tensor, Tensor, int | None], Tensor | None]
+
+
 @torch.no_grad()
+def watch(
+    model: Any,
+    cls: Any,
+    options: Any,
+    blocks: list[FFNBlock],
+    documents: Documents,
+    rules: list[Rule],
+    label: str,
+    see: See,
+) -> None:
+    """One pass over the text, in which `see` gets every block's activations with the statistic that `cls` calibrates.
+
+    rules: whose gate and up stand in the blocks; what is masked is what `see` says.
+    """
+    scales = [cls.statistic(options, block) for block in blocks]
+    at_gate = cls.calibrates == "gate"
+
+    def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
+        scale = scales[layer] if expert is None else scales[layer][expert]
+        value = masking.gate(layer) if at_gate else a
+        return see(layer, value.abs().float() * scale, a, expert)
+
+    masking = Masking(blocks, keep, rules=rules, gates=at_gate)
+    with masking:
+        for _, ids in track(documents.windows(1024), label):
+            model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+
+
 def calibrate_rule(
     model: Any,
     cls: Any,
     options: Any,
-    density: float,
+    density: float | Sequence[float],
     documents: Documents,
     tokens: int,
     passes: int,
@@ -29,29 +63,25 @@ def calibrate_rule(
     """A sparsifier whose rule keeps `density` of the neurons of every layer on this text, where the method calibrates.
 
     The first pass sees dense activations; each later one sees what the layers before it produce under the mask of the
-    pass before, which is what the rule will meet. blocks: default the FFN blocks.
+    pass before, which is what the rule will meet. density: one for all layers, or one a layer; blocks: default the FFN
+    blocks.
     """
     blocks = blocks or find_blocks(model)
     cls.check(blocks)
+    densities = [density] * len(blocks) if isinstance(density, float) else list(density)
+    mean = sum(densities) / len(densities)
+    sparsifier: Any = cls.start(options, blocks, mean)
     if not cls.calibrates:
-        return cls.start(options, blocks, density)
-    scales = [cls.statistic(options, block) for block in blocks]
-    at_gate = cls.calibrates == "gate"
-    sparsifier: Any = None
+        return sparsifier
     for number in range(passes):
         histogram = Histogram(len(blocks), *LOG2_RANGE)
 
-        def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
-            scale = scales[layer] if expert is None else scales[layer][expert]
-            value = masking.gate(layer) if at_gate else a  # noqa: B023 - the hook lives no longer than this pass
-            histogram.add(layer, (value.abs().float() * scale).clamp_min(1e-30).log2())  # noqa: B023
-            return sparsifier.rules[layer].mask(a, expert) if sparsifier else None  # noqa: B023
+        def see(layer: int, statistic: Tensor, a: Tensor, expert: int | None) -> Tensor | None:
+            histogram.add(layer, statistic.clamp_min(1e-30).log2())  # noqa: B023 - used within this pass alone
+            return sparsifier.rules[layer].mask(a, expert) if number else None  # noqa: B023
 
-        rules = sparsifier.rules if sparsifier else cls.start(options, blocks, density).rules
-        masking = Masking(blocks, keep, rules=rules, gates=at_gate)
-        with masking:
-            for _, ids in track(documents.first(tokens).windows(1024), f"calibrate rule {number + 1}/{passes}"):
-                model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+        label = f"calibrate rule {number + 1}/{passes}"
+        watch(model, cls, options, blocks, documents.first(tokens), sparsifier.rules, label, see)
         silent = [
             block.path for block, counts in zip(blocks, histogram.counts, strict=True) if counts[0] == counts.sum()
         ]
@@ -60,5 +90,6 @@ def calibrate_rule(
                 f"every activation of {', '.join(silent)} is zero on the calibration text, so no threshold can be set; "
                 "check the weights, or give other text"
             )
-        sparsifier = cls.calibrated(options, blocks, [2.0**level for level in histogram.levels(density)], density)
+        levels = [2.0**level for level in histogram.levels(densities)]
+        sparsifier = cls.calibrated(options, blocks, levels, mean)
     return sparsifier

@@ -22,6 +22,7 @@ from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.allocation import densities
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.inputs import calibrate_inputs, input_rules, write_inputs
 from moyu_train.training.loop import calibrate_in_loop
@@ -54,11 +55,11 @@ def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     recipe = run.recipe
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     model = run.dense()
-    density = 1 - recipe.target_sparsity
-    rule = calibrate_rule(model, cls, options, density, run.train, recipe.calibrate.tokens, passes=2)
+    targets = densities(model, recipe, run.train)
+    rule = calibrate_rule(model, cls, options, targets, run.train, recipe.calibrate.tokens, passes=2)
     write(folder, rule.thresholds, [])
     write_inputs(folder, calibrate_inputs(model, recipe, run.train, rule.rules))
-    return {"tokens": recipe.calibrate.tokens, "density": density}
+    return {"tokens": recipe.calibrate.tokens, "density": 1 - recipe.target_sparsity, "densities": targets}
 
 
 def _fit(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
