@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import chain
@@ -18,6 +18,7 @@ BUILTIN = {
     "state-union-train": "state_union_train.jsonl.gz",
     "state-union-test": "state_union_test.jsonl.gz",
     "wikipedia-passages": "wikipedia_passages.jsonl.gz",
+    "wikipedia-articles": "wikipedia_articles.jsonl.gz",
 }
 
 PIECE = 256  # tokens, the least that is worth taking of a long document
@@ -215,6 +216,17 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) ->
             )
         scored[len(before) : len(after)] = True
     return torch.tensor(ids, dtype=torch.int64), scored
+
+
+def join(parts: Sequence[Documents]) -> Documents:
+    """The documents of several sources, one after the other."""
+    tokens = [document for part in parts for document in part.tokens]
+    if all(part.scored is None for part in parts):
+        return Documents(tokens)
+    all_scored = [
+        part.scored or [torch.ones_like(document, dtype=torch.bool) for document in part.tokens] for part in parts
+    ]
+    return Documents(tokens, [scored for part in all_scored for scored in part])
 
 
 def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents, Documents]:

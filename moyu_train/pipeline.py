@@ -200,9 +200,9 @@ class Run:
     @cached_property
     def _training(self) -> tuple[data.Documents, data.Documents]:
         settings = self.recipe.data
-        source = self._own_text() if settings.train == OWN_TEXT else settings.train
-        documents = self._documents(source, settings.max_tokens, self.recipe.finetune.window)
-        return data.hold_back(documents, settings.validation_documents, settings.train)
+        sources = [self._own_text() if source == OWN_TEXT else source for source in settings.sources]
+        parts = [self._documents(source, settings.max_tokens, self.recipe.finetune.window) for source in sources]
+        return data.hold_back(data.join(parts), settings.validation_documents, ", ".join(settings.sources))
 
     def _own_text(self) -> str:
         """File of the model's own text, written once."""

@@ -32,6 +32,15 @@ class Adaptive(BaseModel):
     ramp: float = Field(0.5, gt=0, le=1, description="share of the steps until the density should be reached")
 
 
+class Ratio(BaseModel):
+    """BlockFFN's rule for a penalty's coefficient (moyu_train/penalties/ratio.py)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    window: int = Field(20, ge=1, description="optimizer steps whose means are compared")
+    rise: float = Field(1.025, ge=1, description="least factor where the penalty rose")
+    most: float = Field(4.0, ge=1, description="times the first coefficient, never beyond")
+
+
 class Penalty(Method):
     """A penalty on activations with its coefficient: one number, or points of (share of the steps, value)."""
 
@@ -39,6 +48,7 @@ class Penalty(Method):
     coefficient: tuple[tuple[float, float], ...]
     interpolation: Literal["linear", "sine"] = "sine"
     adaptive: Adaptive | None = None
+    ratio: Ratio | None = None
 
     @field_validator("coefficient", mode="before")
     @classmethod
@@ -61,9 +71,12 @@ class Penalty(Method):
                 "penalty.coefficient holds values that are not finite or below 0, which would reward dense "
                 "activations; use finite values from 0"
             )
-        if self.adaptive and (len(self.coefficient) > 1 or self.coefficient[0][1] == 0):
+        if self.adaptive and self.ratio:
+            raise ValueError("penalty.adaptive and penalty.ratio both move the coefficient; give one of them")
+        moved = "adaptive" if self.adaptive else "ratio"
+        if (self.adaptive or self.ratio) and (len(self.coefficient) > 1 or self.coefficient[0][1] == 0):
             raise ValueError(
-                "penalty.adaptive moves one coefficient above 0 that it starts from; give a number above 0"
+                f"penalty.{moved} moves one coefficient above 0 that it starts from; give a number above 0"
             )
         return self
 
@@ -86,13 +99,26 @@ class Block(Section):
 
 
 class Data(Section):
-    train: str = Field(
-        "builtin:state-union-train", description="JSON lines, text file, id[:subset[:split]], builtin:<name>, or self"
+    train: str | tuple[str, ...] = Field(
+        "builtin:state-union-train",
+        description="JSON lines, text file, id[:subset[:split]], builtin:<name>, self; or several of them, in a list",
     )
     test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
     text_field: str = "text"
     validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
-    max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of the training text")
+    max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of each training text")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where the training text comes from."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("data.train names no text; give one source, or a list of them")
+        return value
 
 
 class Inputs(Method):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_settings, tokenizer
 
-from moyu_train.data import Documents, hold_back, read_texts, tokenise
+from moyu_train.data import Documents, hold_back, join, read_texts, tokenise
 from moyu_train.errors import MoyuError
 from moyu_train.pipeline import Run, run_stage
 from moyu_train.recipe import Recipe
@@ -114,6 +114,39 @@ def test_shipped_passages_are_documents() -> None:
     texts = list(read_texts("builtin:wikipedia-passages", "text"))
     assert len(texts) == len(set(texts)) == 2938
     assert hashlib.sha256("\n".join(texts).encode()).hexdigest().startswith("c8a41bb7939968f3")
+
+
+def test_shipped_articles_are_whole_and_others_than_the_passages() -> None:
+    articles = list(read_texts("builtin:wikipedia-articles", "text"))
+    assert len(articles) == 98
+    assert min(map(len, articles)) > 2000
+    titles = list(read_texts("builtin:wikipedia-articles", "title"))
+    assert {"Anarchism", "Algorithm", "Alaska"} < set(titles)
+    assert titles[-1] == "American Revolutionary War"  # the last are held back for validation
+    assert not any("{{" in article or "[[" in article for article in articles)
+
+
+def test_several_texts_are_one_with_the_turns_of_each(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    plain = settings["data"]["train"]
+    lines = [json.dumps({"messages": TALK})] * 3
+    (tmp_path / "talk.jsonl").write_text("\n".join(lines))
+    parts = [tokenise(read_texts(plain, "text"), chat(), plain, 2), tokenise([TALK] * 3, chat(), "talk", 2)]
+    both = join(parts)
+    assert both.scored is not None
+    assert [len(t) for t in both.tokens] == [len(t) for part in parts for t in part.tokens]
+    assert all(turns.all() for turns in both.scored[:-3])
+    assert not both.scored[-1].all()
+    assert join(parts[:1]).scored is None
+    settings["data"] |= {"train": [plain, plain]}
+    twice, once = (
+        Run(Recipe.model_validate(settings)),
+        Run(Recipe.model_validate(tiny_settings(tmp_path, settings["model"]))),
+    )
+    assert len(twice.train.tokens) == 2 * len(once.train.tokens) + 2
+    assert twice.validation.digest() == once.validation.digest()
+    with pytest.raises(ValueError, match=r"data.train names no text"):
+        Recipe.model_validate(settings | {"data": settings["data"] | {"train": []}})
 
 
 def test_validation_keeps_whole_documents_and_their_turns() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.l1 import L1
+from moyu_train.penalties.ratio import RatioCoefficient
 from moyu_train.penalties.scale import ScaleOptions, measure_scales
 from moyu_train.penalties.schedule import coefficient
 from moyu_train.pipeline import Run
@@ -140,18 +142,54 @@ def test_a_soft_penalty_without_a_threshold_is_refused_before_a_model_loads(tmp_
 
 def test_the_adaptive_coefficient_follows_its_goal_and_goes_on() -> None:
     loop = AdaptiveCoefficient(start=0.1, gain=0.5, ramp=0.5)
-    loop.update(density=0.4, target=0.1, progress=0.0)
+    loop.update(density=0.4, target=0.1, progress=0.0, penalty=1.0)
     assert loop.value == pytest.approx(0.1)  # on its goal, which starts where the model is
-    loop.update(density=0.4, target=0.1, progress=0.25)
+    loop.update(density=0.4, target=0.1, progress=0.25, penalty=1.0)
     assert loop.value == pytest.approx(0.1 * math.exp(0.5 * (0.4 - 0.25) / 0.25))
     again = AdaptiveCoefficient(start=9, gain=0.5, ramp=0.5)
     again.load(loop.state())
     for one in (loop, again):
-        one.update(density=0.05, target=0.1, progress=0.9)
+        one.update(density=0.05, target=0.1, progress=0.9, penalty=1.0)
     assert again.value == loop.value < 0.1 * math.exp(0.5 * (0.4 - 0.25) / 0.25)
     fresh = AdaptiveCoefficient(start=9, gain=0.5, ramp=0.5)
     fresh.load(AdaptiveCoefficient(start=2, gain=0.5, ramp=0.5).state())
     assert (fresh.value, fresh.first) == (2, None)
+
+
+def test_the_ratio_raises_the_coefficient_of_a_penalty_that_does_not_fall() -> None:
+    loop = RatioCoefficient(start=0.1, window=2, rise=1.05, most=2.0)
+
+    def window(*values: float) -> float:
+        for value in values:
+            loop.update(density=0.5, target=0.1, progress=0.5, penalty=value)
+        return loop.value
+
+    assert window(3.0, 5.0) == pytest.approx(0.1)  # nothing to compare with
+    assert window(2.0, 4.0) == pytest.approx(0.1 * 3 / 4)
+    assert window(3.0, 3.03) == pytest.approx(0.1 * 3 / 4 * 1.05)  # rose by half a percent
+    assert window(9.0, 9.0) == pytest.approx(0.2)  # nearly three times as much, and no further than twice the start
+    loop.update(density=0.5, target=0.1, progress=0.5, penalty=4.0)
+    again = RatioCoefficient(start=0.1, window=2, rise=1.05, most=2.0)
+    again.load(loop.state())
+    for one in (loop, again):
+        one.update(density=0.5, target=0.1, progress=0.6, penalty=5.0)
+    assert again.value == loop.value == pytest.approx(0.2 * 4.5 / 9)
+
+
+@pytest.mark.parametrize("real", [None, torch.arange(16).expand(2, 16) < 9])
+def test_the_coefficient_sees_the_penalty_of_the_whole_step_a_token(real: torch.Tensor | None) -> None:
+    model = tiny_model()
+    sparsifier = Threshold(Threshold.Options(), [torch.full((96,), 0.05)] * 2, 0.1)
+    loop = RatioCoefficient(start=0.1, window=5, rise=1.05, most=2.0)
+    control = SparsityControl(model, sparsifier, 0.1, penalty=built("l1", sparsifier.rules, 0.1), adaptive=loop)
+    total, tokens = 0.0, 0
+    for ids in WINDOWS[:2, :16], WINDOWS[1:3, :16]:
+        with control.armed(True, real):
+            model(ids)
+        total += control.take_penalty().item()
+        tokens += ids.numel() if real is None else int(real.sum())
+    control.on_optimizer_step(None, SimpleNamespace(global_step=0, max_steps=10), None)
+    assert (loop.sum, loop.steps) == (pytest.approx(total / tokens), 1)
 
 
 @pytest.mark.parametrize("statistic", ["contribution", "magnitude"])

@@ -20,7 +20,7 @@ class AdaptiveCoefficient:
         self.value, self.gain, self.ramp = start, gain, ramp
         self.first: float | None = None
 
-    def update(self, density: float, target: float, progress: float) -> None:
+    def update(self, density: float, target: float, progress: float, penalty: float) -> None:
         """Once per optimizer step: the density that it had, the one wanted in the end, the share of steps done."""
         if self.first is None:
             self.first = density

@@ -16,6 +16,7 @@ from moyu_train.models.marker import set_marker
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import thresholds_from_tensors, thresholds_to_tensors
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
+from moyu_train.penalties.ratio import RatioCoefficient
 from moyu_train.training.health import Health
 
 STATE_FILE = "moyu_training.safetensors"
@@ -37,7 +38,7 @@ class SparsityControl(TrainerCallback):
         predictors: storage form a layer; the mask is then what the exported model decodes with, rule and prediction.
         penalty: an instance from the registry. It sees the activations before the mask. A trainer runs its forward
             within `armed` and adds what `take_penalty` returns to its loss, as SparsityTrainer does.
-        adaptive: moves the penalty's coefficient by the density that the rule keeps.
+        adaptive: moves the penalty's coefficient, by the density that the rule keeps or by the penalty itself.
         blocks: default the FFN blocks of `model`.
     """
 
@@ -50,7 +51,7 @@ class SparsityControl(TrainerCallback):
         target: float,
         predictors: list[dict[str, Tensor]] | None = None,
         penalty: Any = None,
-        adaptive: AdaptiveCoefficient | None = None,
+        adaptive: AdaptiveCoefficient | RatioCoefficient | None = None,
         blocks: list[FFNBlock] | None = None,
         targets: Sequence[float] | None = None,
         together: bool = False,
@@ -60,6 +61,7 @@ class SparsityControl(TrainerCallback):
         self.sparsifier, self.target, self.predictors = sparsifier, target, predictors
         self.penalty, self.adaptive = penalty, adaptive
         self._terms: list[Tensor] = []
+        self._penalty = torch.zeros((), dtype=torch.float64)  # of the optimizer step under way, sum over tokens
         self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
         self.counting, self._collecting = True, False
         self.health = Health(self.blocks, sparsifier.thresholds)
@@ -128,7 +130,9 @@ class SparsityControl(TrainerCallback):
         terms, self._terms = self._terms, []
         if not terms:
             raise MoyuError("no penalty was collected; run the training forward within SparsityControl.armed(True)")
-        return torch.stack(terms).sum() / len(self.blocks)
+        penalty = torch.stack(terms).sum() / len(self.blocks)
+        self._penalty += penalty.detach()
+        return penalty
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,7 +144,7 @@ class SparsityControl(TrainerCallback):
         ]
         if self.penalty is not None:
             self.penalty.scales = [scale.to(args.device) for scale in self.penalty.scales]
-        self._counts = self._counts.to(args.device)
+        self._counts, self._penalty = self._counts.to(args.device), self._penalty.to(args.device)
         self.health.to(args.device)
         self.sparsifier.advance(state.global_step / max(state.max_steps, 1))
 
@@ -149,13 +153,15 @@ class SparsityControl(TrainerCallback):
     ) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._counts)
+            torch.distributed.all_reduce(self._penalty)
         tokens = int(self._counts[0, 3].item() / self.blocks[0].neurons)
         kept = self.take_density()
         self.health.step(tokens)
         self.health.check(self.density[:, 0].tolist(), self.sparsifier.thresholds, state.global_step)
         progress = (state.global_step + 1) / max(state.max_steps, 1)
         if self.adaptive:
-            self.adaptive.update(kept, self.target, progress)
+            self.adaptive.update(kept, self.target, progress, self._penalty.item() / max(tokens, 1))
+        self._penalty.zero_()
         for layer, density in enumerate(self.density[:, 0].tolist()):
             if self.together:
                 self.sparsifier.control(layer, kept, self.target)

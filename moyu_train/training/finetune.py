@@ -24,6 +24,7 @@ from moyu_train.models.marker import marked_rule, set_marker
 from moyu_train.models.state import thresholds_from_tensors
 from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
+from moyu_train.penalties.ratio import RatioCoefficient
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.penalties.schedule import coefficient
 from moyu_train.recipe import Recipe
@@ -195,15 +196,18 @@ def sparsity_on(
     targets: density of each layer, default the recipe's in all.
     """
     recipe = run.recipe
-    penalty = adaptive = None
+    penalty = None
+    adaptive: AdaptiveCoefficient | RatioCoefficient | None = None
     if recipe.penalty:
         cls, options = resolve("penalty", recipe.penalty, PENALTIES)
         windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
         scales = measure_scales(model, getattr(options, "statistic", "contribution"), windows, sparsifier.rules)
         penalty = cls(options, scales, sparsifier.rules, sparsifier.density)
-        if recipe.penalty.adaptive:
-            loop = recipe.penalty.adaptive
-            adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
+        start = recipe.penalty.coefficient[0][1]
+        if loop := recipe.penalty.adaptive:
+            adaptive = AdaptiveCoefficient(start, loop.gain, loop.ramp)
+        if ratio := recipe.penalty.ratio:
+            adaptive = RatioCoefficient(start, ratio.window, ratio.rise, ratio.most)
     return SparsityControl(
         model,
         sparsifier,
