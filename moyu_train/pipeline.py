@@ -36,6 +36,7 @@ from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.allocation import check_allocation
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
+from moyu_train.training.lora import check_quantise
 
 OWN_TEXT = "self"
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
@@ -132,6 +133,7 @@ class Run:
     def check(self) -> None:
         """Refuse what this recipe cannot do with this model, before its weights are loaded."""
         check_extras(self.recipe.evaluate)
+        check_quantise(self.recipe.finetune.lora)
         blocks = find_blocks(self.skeleton)
         check_marker(self.skeleton.config)
         cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)

@@ -161,6 +161,10 @@ class Lora(Section):
     alpha: int = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or one regular expression")
+    quantise: Literal["nf4"] | None = Field(
+        None,
+        description="train on 4-bit weights (QLoRA, arXiv 2305.14314), and add the deltas to these",
+    )
 
 
 class Optimise(Section):

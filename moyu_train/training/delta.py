@@ -80,7 +80,7 @@ def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> t
     if manifest["trained"] != trained:
         raise MoyuError(
             f"delta {str(folder)!r} was trained under {manifest['trained']}, and the recipe asks for {trained}; set "
-            "sparsifier and target_sparsity to the delta's"
+            "sparsifier, target_sparsity and finetune.lora.quantise to the delta's"
         )
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     names = ("r", "lora_alpha", "target_modules")

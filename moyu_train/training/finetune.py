@@ -35,7 +35,7 @@ from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
-from moyu_train.training.lora import adapt, merge
+from moyu_train.training.lora import adapt, merge, quantise
 from moyu_train.training.stages import read, sparsifier_of, write
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
@@ -175,6 +175,8 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
     _, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = {"name": recipe.sparsifier.name, **options.model_dump(mode="json")}
     found: dict[str, Any] = {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
+    if recipe.finetune.lora and recipe.finetune.lora.quantise:
+        found["quantise"] = recipe.finetune.lora.quantise
     return found | ({"inputs": recipe.inputs.model_dump(mode="json")} if recipe.inputs else {})
 
 
@@ -271,6 +273,8 @@ def _rebuild(
     if inputs:
         inputs.sparsifier.thresholds = [state[block.path] for block in inputs.blocks]
     sparsity.sparsifier.advance(1.0)
+    if run.recipe.finetune.lora and run.recipe.finetune.lora.quantise:
+        quantise(adapted)
     merged, moved = merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
     return merged, tokens, moved
 

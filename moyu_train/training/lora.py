@@ -1,16 +1,22 @@
-"""LoRA (arXiv 2106.09685) through peft, under a sparsifier's masks: wrap, and merge with proof that nothing changed."""
+"""LoRA (arXiv 2106.09685) through peft, under a sparsifier's masks: wrap, and merge with proof that nothing changed.
 
-from collections.abc import Callable
+With QLoRA (arXiv 2305.14314) the wrapped projections hold 4-bit weights by bitsandbytes while they train; merging adds
+the deltas to what these stand for, so that the merged model is the one that was trained.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.settings import Lora
 from moyu_train.training.anchor import first_tensor
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.launch import asked_engine
 
 MERGE_GAP = 1e-4  # in fp32
 
@@ -27,9 +33,64 @@ def adapt(model: Any, settings: Lora) -> Any:
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise MoyuError(f"finetune.lora.targets {settings.targets!r}: {error}") from error
+    if settings.quantise:
+        quantise(adapted)
+    return adapted
+
+
+def check_quantise(settings: Lora | None) -> None:
+    """Raises: MoyuError for 4-bit weights without bitsandbytes, or under an engine that would share them out."""
+    if not settings or not settings.quantise:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MoyuError(
+            f"finetune.lora.quantise {settings.quantise!r} needs bitsandbytes: pip install 'moyu[qlora]', or set it to "
+            "null"
+        )
+    if asked_engine():
+        raise MoyuError(
+            f"finetune.lora.quantise {settings.quantise!r} holds packed 4-bit weights, which {asked_engine()} cannot "
+            "share out among processes; use accelerate_configs/ddp.yaml or single.yaml, or set it to null"
+        )
+
+
+def _wrapped(adapted: Any) -> Iterator[Any]:
+    """peft's layers around plain linear ones, and around their 4-bit twins."""
+    from peft.tuners.lora import LoraLayer
+
+    return (m for m in adapted.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), nn.Linear))
+
+
+@torch.no_grad()
+def quantise(adapted: Any) -> None:
+    """4-bit weights (nf4, a scale per 64) in place of the frozen ones of every wrapped linear layer."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in _wrapped(adapted):
+        base = layer.get_base_layer()
+        twin = Linear4bit(base.in_features, base.out_features, base.bias is not None, quant_type="nf4", device="meta")
+        twin.weight = Params4bit(base.weight.detach(), requires_grad=False, quant_type="nf4", module=twin)
+        twin.bias = base.bias
+        twin.support_avx512bf16_for_cpu = False  # it would repack the weights in eval mode, with their scales in bf16
+        layer.base_layer = twin.to(base.weight.device)
+
+
+@torch.no_grad()
+def dequantise(adapted: Any) -> None:
+    """Plain linear layers again, with the weights that the 4-bit ones stand for."""
+    for layer in _wrapped(adapted):
+        twin = layer.get_base_layer()
+        if type(twin) is nn.Linear:
+            continue
+        from bitsandbytes.functional import dequantize_4bit
+
+        plain = nn.Linear(twin.in_features, twin.out_features, twin.bias is not None, device="meta")
+        plain.weight = nn.Parameter(dequantize_4bit(twin.weight.data, twin.weight.quant_state), requires_grad=False)
+        plain.bias = twin.bias
+        layer.base_layer = plain
 
 
 @torch.no_grad()
@@ -60,6 +121,7 @@ def merge(adapted: Any, sparsity: SparsityControl | None, ids: Tensor) -> tuple[
     before = sparsity.take_density() if sparsity else 1.0
     for handle in handles:
         handle.remove()
+    dequantise(adapted)
     model, gap = adapted.merge_and_unload(), 0.0
     for layer, block in enumerate(blocks):
         args, kwargs, expected = seen.pop(layer)
