@@ -19,6 +19,7 @@ from moyu_train.training.control import SparsityControl
 from moyu_train.training.launch import asked_engine
 
 MERGE_GAP = 1e-4  # in fp32
+BLOCK = 64  # 4-bit weights with one scale
 
 
 def adapt(model: Any, settings: Lora) -> Any:
@@ -66,10 +67,23 @@ def _wrapped(adapted: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def quantise(adapted: Any) -> None:
-    """4-bit weights (nf4, a scale per 64) in place of the frozen ones of every wrapped linear layer."""
+    """4-bit weights (nf4, a scale per 64) in place of the frozen ones of every wrapped linear layer.
+
+    Raises: MoyuError where there is none, or rows cannot be cut into whole blocks, which bitsandbytes rounds badly.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for layer in _wrapped(adapted):
+    layers = list(_wrapped(adapted))
+    uneven = sorted(
+        {layer.get_base_layer().in_features for layer in layers if layer.get_base_layer().in_features % BLOCK}
+    )
+    if uneven or not layers:
+        found = f"layers of {uneven[0]} inputs" if uneven else "no plain linear layers"
+        raise MoyuError(
+            f"finetune.lora.quantise needs linear layers whose inputs are a multiple of {BLOCK}, and finetune.lora.targets "
+            f"names {found}; narrow the targets, or set quantise to null"
+        )
+    for layer in layers:
         base = layer.get_base_layer()
         twin = Linear4bit(base.in_features, base.out_features, base.bias is not None, quant_type="nf4", device="meta")
         twin.weight = Params4bit(base.weight.detach(), requires_grad=False, quant_type="nf4", module=twin)
