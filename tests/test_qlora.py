@@ -123,7 +123,7 @@ def test_what_cannot_run_is_refused_before_a_model_loads(
 
 
 def test_layers_that_cannot_be_cut_into_blocks_are_refused() -> None:
-    with pytest.raises(MoyuError, match=r"multiple of 64, and finetune\.lora\.targets names layers of 32 inputs"):
+    with pytest.raises(MoyuError, match=r"multiple of 64; finetune\.lora\.targets names layers of 32 inputs"):
         adapt(tiny_model(), SETTINGS)
     with pytest.raises(MoyuError, match="no plain linear layers"):
         adapt(tiny_model("gpt2"), SETTINGS)

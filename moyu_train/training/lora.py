@@ -80,8 +80,8 @@ def quantise(adapted: Any) -> None:
     if uneven or not layers:
         found = f"layers of {uneven[0]} inputs" if uneven else "no plain linear layers"
         raise MoyuError(
-            f"finetune.lora.quantise needs linear layers whose inputs are a multiple of {BLOCK}, and finetune.lora.targets "
-            f"names {found}; narrow the targets, or set quantise to null"
+            f"finetune.lora.quantise needs linear layers whose inputs are a multiple of {BLOCK}; finetune.lora.targets "
+            f"names {found}: narrow them, or set quantise to null"
         )
     for layer in layers:
         base = layer.get_base_layer()
