@@ -143,6 +143,13 @@ class Run:
             method, _ = resolve("inputs", self.recipe.inputs, SPARSIFIERS)
             method.check(find_inputs(self.skeleton, self.recipe.inputs.modules))
         rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
+        for name in ("finetune", "evaluate"):
+            window = getattr(self.recipe, name).window
+            if rule.prompt >= window:
+                raise MoyuError(
+                    f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
+                    f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
+                )
         if rule.op is None and (self.recipe.bench or self.recipe.predictor):
             raise MoyuError(
                 f"sparsifier {cls.name!r} has no kernel yet, so there is nothing that a predictor could skip and no "

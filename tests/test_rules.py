@@ -44,7 +44,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "topk-magnitude": {"name": "topk", "statistic": "magnitude"},
     "statistical_topk": {"name": "statistical_topk"},
     "statistical_topk-soft": {"name": "statistical_topk", "soft": True},
+    "griffin": {"name": "griffin", "prompt": 5},
+    "tda": {"name": "tda", "prompt": 5},
 }
+PROMPT = ("griffin", "tda")  # see whole sequences: tests/test_prompt.py
 HOLD = ("threshold", "gate_threshold", "fatrelu", "topk", "topk-magnitude")  # reach any density without training
 DENSITY = 0.3
 
@@ -85,7 +88,7 @@ def brute_force(name: str, rule: Rule, g: torch.Tensor, u: torch.Tensor, norms: 
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in PROMPT])
 def test_rules_compute_their_formulas(name: str) -> None:
     model = tiny_model()
     sparsifier = calibrated(name, model)
@@ -113,6 +116,11 @@ def test_every_rule_goes_all_the_way_on_every_layout(tmp_path: Path, name: str, 
         with pytest.raises(MoyuError, match=rf"sparsifier '{cls.name}' acts on .* blocks, .* is"):
             calibrated(name, model)
         return
+    if name in PROMPT and family == "opt":
+        SparsityControl(model, cls.start(cls.Options(), find_blocks(model), DENSITY), DENSITY)
+        with pytest.raises(MoyuError, match="sees the tokens of all sequences in one row"):
+            model(IDS)
+        return
     sparsifier = calibrated(name, model)
     with SparseMasks(model, sparsifier.rules, None) as masks:
         score(model, DOCUMENTS, 1024, "test")
@@ -127,7 +135,7 @@ def test_every_rule_goes_all_the_way_on_every_layout(tmp_path: Path, name: str, 
     torch.testing.assert_close(found(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("topk")])
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith(("topk", *PROMPT))])
 def test_kernels_decode_what_the_masks_compute(tmp_path: Path, name: str) -> None:
     """Token by token, with the masks' own logits, counts and bytes."""
     model = tiny_model()

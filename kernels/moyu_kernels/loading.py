@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .ops.ffn.naive import PREDICTORS
+from .prompt import PromptState, watch_sequences
 from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,10 @@ def _install(
             simulate(module, names, layout, rule, masked=False)
         return
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
-    simulate(module, names, layout, rule, masked=True)
+    state = PromptState(rule.prompt) if rule.prompt else None
+    if state:
+        watch_sequences(model, state)
+    simulate(module, names, layout, rule, masked=True, state=state)
 
 
 def _install_inputs(folder: Path, model: nn.Module, inputs: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .ops.ffn.naive import ruled_gate
+from .prompt import PromptState
 from .seam import ExpertsSeam, Seam
 
 GATES = ("stock", "threshold", "relu", "fatrelu", "relu2", "statistical_topk", "statistical_topk_soft")
 UPS = ("stock", "relu")
-KEEPS = ("nonzero", "threshold", "topk")
+KEEPS = ("nonzero", "threshold", "topk", "prompt_threshold", "prompt_topk")
 SUBSTITUTES = ("relu", "fatrelu", "relu2")  # gates that need no mask to be what the model was trained as
 
 
@@ -33,7 +34,10 @@ class Rule:
         up: "relu" makes it `relu(u)`; with gate "relu" that is dReLU (arXiv 2406.05955).
         keep: of the resulting a, "nonzero" keeps `a != 0`, "threshold" keeps `abs(a) >= theta`, "topk" the
             `round(share * F)` neurons whose `abs(a) / theta` is largest (ties at the last place are all kept).
+            "prompt_threshold" and "prompt_topk" keep all in the first `prompt` tokens of a sequence, and later what the
+            statistic of these (prompt.py) says, above theta or among the largest.
         share: of neurons kept, for the rules that count them.
+        prompt: number of tokens that a mask is taken from.
         blend: 0 computes the stock gate and up, 1 the rule's, between them a mixture (for training only).
     """
 
@@ -42,6 +46,7 @@ class Rule:
     up: str = "stock"
     keep: str = "threshold"
     share: float = 1.0
+    prompt: int = 0
     blend: float = 1.0
 
     def __post_init__(self) -> None:
@@ -51,7 +56,8 @@ class Rule:
 
     def describe(self) -> dict[str, Any]:
         """What a checkpoint records beside the threshold."""
-        return {"gate": self.gate, "up": self.up, "keep": self.keep, "share": self.share}
+        formula = {"gate": self.gate, "up": self.up, "keep": self.keep, "share": self.share}
+        return formula | ({"prompt": self.prompt} if self.prompt else {})
 
     @property
     def stock_activation(self) -> str | None:
@@ -99,16 +105,38 @@ class Rule:
     def _blend(self, stock: Tensor, ruled: Tensor) -> Tensor:
         return ruled if self.blend >= 1 else torch.lerp(stock, ruled, self.blend)
 
-    def mask(self, a: Tensor, expert: int | None = None) -> Tensor:
-        """Which neurons of `a` `[..., F]` are kept, bool of its shape."""
+    def mask(self, a: Tensor, expert: int | None = None, state: PromptState | None = None) -> Tensor:
+        """Which neurons of `a` `[..., F]` are kept, bool of its shape.
+
+        state: of the sequence that `a` goes on with, for the rules that keep by its first tokens; default a new one.
+
+        Raises: ValueError for these where the block does not see sequences.
+        """
         if self.keep == "nonzero":
             return a != 0
+        if self.prompt:
+            return self._prompt_mask(a, state or PromptState(self.prompt))
         threshold = (self.threshold if expert is None else self.threshold[expert]).to(a.device)
         if self.keep == "threshold":
             return a.abs() >= threshold
-        ratio = a.detach().abs() / threshold
-        least = ratio.topk(max(round(self.share * a.shape[-1]), 1), dim=-1).values[..., -1:]
-        return ratio >= least
+        return self._largest(a.detach().abs() / threshold)
+
+    def _largest(self, statistic: Tensor) -> Tensor:
+        least = statistic.topk(max(round(self.share * statistic.shape[-1]), 1), dim=-1).values[..., -1:]
+        return statistic >= least
+
+    def _prompt_mask(self, a: Tensor, state: PromptState) -> Tensor:
+        if a.ndim != 3:
+            raise ValueError(
+                f"masks from the prompt need blocks that see sequences [B, T, F], and here is {list(a.shape)}; use "
+                "another sparsifier"
+            )
+        first, statistic = state.take(a)
+        keep = torch.ones_like(a, dtype=torch.bool)
+        if statistic is not None:
+            topk = self.keep == "prompt_topk"
+            keep[:, first:] = self._largest(statistic) if topk else statistic >= self.threshold.to(a.device)
+        return keep
 
 
 class Substitution:
@@ -143,13 +171,16 @@ class Substitution:
         self._seams.clear()
 
 
-def simulate(block: Any, names: dict[str, str], layout: str, rule: Rule, masked: bool) -> None:
+def simulate(
+    block: Any, names: dict[str, str], layout: str, rule: Rule, masked: bool, state: PromptState | None = None
+) -> None:
     """Put a whole rule on a live block for good, in plain PyTorch: a dense matmul, then a mask. Skips nothing.
 
-    Args: names: attributes of `block` that hold its "act", "up" and "down"; masked: False only substitutes gate and up.
+    Args: names: attributes of `block` that hold its "act", "up" and "down"; masked: False only substitutes gate and up;
+        state: of the sequence being decoded, for the rules that keep by its first tokens.
     """
     Substitution(block, names["act"], names["up"], rule)
     if masked and layout == "experts":
         ExpertsSeam(block, lambda a, expert: torch.where(rule.mask(a, expert), a, 0.0))
     elif masked:
-        Seam(block, names["down"], lambda a: torch.where(rule.mask(a), a, 0.0))
+        Seam(block, names["down"], lambda a: torch.where(rule.mask(a, state=state), a, 0.0))

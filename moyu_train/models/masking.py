@@ -85,7 +85,15 @@ class Masking:
         return record
 
     def _mask(self, layer: int, keep: Keep) -> Callable[[Tensor], Tensor]:
-        return lambda a: masked(a, keep(layer, a, None), self._straight_through)
+        def mask(a: Tensor) -> Tensor:
+            if self._rules and self._rules[layer].prompt and a.ndim != 3:
+                raise MoyuError(
+                    f"a mask from the prompt needs sequences, and {self._blocks[layer].path} sees the tokens of all "
+                    f"sequences in one row ({list(a.shape)}); use another sparsifier"
+                )
+            return masked(a, keep(layer, a, None), self._straight_through)
+
+        return mask
 
     def _expert_mask(self, layer: int, keep: Keep) -> Callable[[Tensor, int], Tensor]:
         return lambda a, expert: masked(a, keep(layer, a, expert), self._straight_through)

@@ -8,5 +8,7 @@ SPARSIFIERS = {
     "relu2": "moyu_train.sparsifiers.relu:ReLU2",
     "drelu": "moyu_train.sparsifiers.relu:DReLU",
     "topk": "moyu_train.sparsifiers.topk:TopK",
+    "griffin": "moyu_train.sparsifiers.prompt:Griffin",
+    "tda": "moyu_train.sparsifiers.prompt:TDA",
     "statistical_topk": "moyu_train.sparsifiers.topk:StatisticalTopK",
 }

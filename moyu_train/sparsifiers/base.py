@@ -27,8 +27,9 @@ class Sparsifier:
     name: ClassVar[str]
     straight_through = False  # whether the gradient is that of the activation without the mask
     Options: ClassVar[type[BaseModel]] = NoOptions
-    # Of what the level is calibrated: a statistic of the activation a, of the gate, or of nothing (no calibration).
-    calibrates: ClassVar[Literal["activation", "gate", ""]] = ""
+    # Of what the level is calibrated: a statistic of the activation a, of the gate, of a sequence's first tokens, or of
+    # nothing (no calibration).
+    calibrates: ClassVar[Literal["activation", "gate", "prompt", ""]] = ""
     layouts: ClassVar[tuple[str, ...]] = ("gated", "fused", "plain", "experts")
 
     def __init__(self, options: Any, thresholds: list[Tensor], density: float) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from moyu_kernels.prompt import prompt_statistic
 from moyu_kernels.rules import Rule
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from moyu_train.progress import track
 LOG2_RANGE = (-40.0, 24.0)  # 1.1 % a bin
 
 
-# see(layer, statistic, a, expert) -> mask of `a`, or None to leave it; the statistic is fp32 of a's shape.
+# see(layer, statistic, a, expert) -> mask of `a`, or None to leave it. The statistic is fp32 of a's shape; where masks
+# are taken from the prompt, `[B, 1, F]`.
 See = Callable[[int, Tensor, Tensor, int | None], Tensor | None]
 
 
@@ -40,6 +42,8 @@ def watch(
     at_gate = cls.calibrates == "gate"
 
     def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
+        if cls.calibrates == "prompt":
+            return see(layer, prompt_statistic(a[:, : options.prompt]), a, expert)
         scale = scales[layer] if expert is None else scales[layer][expert]
         value = masking.gate(layer) if at_gate else a
         return see(layer, value.abs().float() * scale, a, expert)

@@ -1,0 +1,113 @@
+"""Masks that are taken from the first tokens of a sequence and then stay."""
+
+from pathlib import Path
+from typing import Any
+
+import moyu_kernels
+import pytest
+import torch
+from moyu_kernels.seam import Seam
+from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
+
+from moyu_train.checkpoints.export import export
+from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import SparseMasks
+from moyu_train.evaluation.perplexity import score
+from moyu_train.models.blocks import find_blocks
+from moyu_train.pipeline import Run
+from moyu_train.recipe import Recipe
+from moyu_train.registry import resolve
+from moyu_train.settings import Method
+from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.rule import calibrate_rule
+
+DOCUMENTS = Documents([torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(i)) for i in range(6)])
+IDS = torch.stack([document[:20] for document in DOCUMENTS.tokens[:3]])
+PROMPT, DENSITY = 8, 0.3
+
+
+def calibrated(name: str, model: torch.nn.Module) -> Any:
+    cls, options = resolve("sparsifier", Method(name=name, prompt=PROMPT), SPARSIFIERS)
+    return calibrate_rule(model, cls, options, DENSITY, DOCUMENTS, 600, passes=2)
+
+
+@pytest.mark.parametrize("name", ["griffin", "tda"])
+def test_the_mask_is_that_of_the_first_tokens(name: str) -> None:
+    model = tiny_model()
+    sparsifier = calibrated(name, model)
+    block, seen = find_blocks(model)[0], []
+    watch = Seam(block.module, block.down, lambda a: (seen.append(a), a)[1])
+    with torch.no_grad():
+        model(IDS)
+    watch.remove()
+    a, rule = seen[0], sparsifier.rules[0]
+    mask = rule.mask(a)
+    assert mask[:, :PROMPT].all()
+    for row, found in zip(a, mask, strict=True):
+        shares = row[:PROMPT] / row[:PROMPT].norm(dim=-1, keepdim=True)
+        statistic = shares.norm(dim=0) / PROMPT**0.5
+        if name == "griffin":
+            expected = statistic >= statistic.sort(descending=True).values[round(DENSITY * 96) - 1]
+            assert expected.sum() == round(DENSITY * 96)
+        else:
+            expected = statistic >= rule.threshold
+        assert (found[PROMPT:] == expected).all()
+    assert (mask[0, PROMPT] != mask[1, PROMPT]).any(), "every sequence has a mask of its own"
+
+
+def test_the_level_keeps_the_density_after_the_prompt() -> None:
+    model = tiny_model()
+    sparsifier = calibrated("tda", model)
+    with SparseMasks(model, sparsifier.rules, None) as masks:
+        score(model, DOCUMENTS, 1024, "test")
+    tokens = DOCUMENTS.total
+    after = tokens - PROMPT * len(DOCUMENTS.tokens)
+    kept = (masks.counts.kept / 96 - (tokens - after)) / after
+    assert (kept - DENSITY).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("name", ["griffin", "tda"])
+def test_decoding_in_pieces_uses_the_mask_of_the_whole(tmp_path: Path, name: str) -> None:
+    model = tiny_model()
+    sparsifier = calibrated(name, model)
+    with SparseMasks(model, sparsifier.rules, None):
+        expected = model(IDS).logits
+    export(model, tokenizer(), tmp_path / "sparse", name, sparsifier.rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    for pieces in ([20], [8, 12], [10, *[1] * 10], [5, 1, 1, 1, 1, 11], [1] * 20):  # a new sequence each
+        cache, logits = None, []
+        for ids in IDS.split(pieces, dim=1):
+            output = found(ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
+    generated = found.generate(IDS[:1], max_new_tokens=6, do_sample=False)
+    with SparseMasks(model, sparsifier.rules, None):
+        again = IDS[:1]
+        for _ in range(6):
+            again = torch.cat([again, model(again).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(generated, again)
+
+
+def test_padding_and_blocks_without_sequences_are_refused(tmp_path: Path) -> None:
+    model = tiny_model()
+    sparsifier = calibrated("griffin", model)
+    export(model, tokenizer(), tmp_path / "sparse", "griffin", sparsifier.rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    mask = torch.ones_like(IDS)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="cannot tell padding from text"):
+        found(IDS, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"need blocks that see sequences .* here is \[20, 96\]"):
+        sparsifier.rules[0].mask(torch.ones(20, 96))
+
+
+@pytest.mark.parametrize("section", ["finetune", "evaluate"])
+def test_windows_that_end_with_the_prompt_are_refused(tmp_path: Path, section: str) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    settings |= {"sparsifier": {"name": "griffin", "prompt": 16}, "predictor": None, "bench": None}
+    Run(Recipe.model_validate(settings))
+    settings[section] |= {"window": 16}
+    with pytest.raises(MoyuError, match=rf"{section}.window is 16: lower sparsifier.prompt"):
+        Run(Recipe.model_validate(settings))
