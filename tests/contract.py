@@ -18,9 +18,11 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moyu_train.penalties.hoyer import Hoyer
 from moyu_train.penalties.scale import ScaleOptions
+from moyu_train.settings import Lora
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.launch import end_processes, whole_parameters
+from moyu_train.training.lora import adapt
 from moyu_train.training.trainer import SparsityTrainer
 
 STEPS, RATE, COEFFICIENT, KL, LM = 20, 0.002, 3.0, 0.5, 1.0
@@ -39,13 +41,22 @@ VARIANTS = {  # processes, sequences per process and micro-batch, micro-batches 
     "zero3": (2, 2, 2),
     "fsdp2": (2, 4, 1),
 }
+# The same with more at work: adapters alone train, thresholds move, predictors select, or texts are padded on the left.
+MODES = {
+    "lora": ("8x1", "1x8", "ddp", "zero3"),
+    "moving": ("8x1", "1x8", "ddp"),
+    "predicted": ("8x1", "ddp"),
+    "left": ("8x1",),
+}
+VARIANTS |= {f"{mode}_{variant}": VARIANTS[variant] for mode, variants in MODES.items() for variant in variants}
 MUTANTS = ("off", "doubled", "by-world-size", "micro-batch-mean", "labels")
 
 
 class Texts(Dataset):
-    """Eight sequences of different lengths, padded on the right."""
+    """Eight sequences of different lengths, padded on the right, or on the left."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: bool = False) -> None:
+        self.left = left
         generator = torch.Generator().manual_seed(0)
         self.ids = [torch.randint(0, 256, (length,), generator=generator) for length in LENGTHS]
 
@@ -54,9 +65,9 @@ class Texts(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids, width = self.ids[index], max(LENGTHS)
-        pad = (0, width - len(ids))
+        pad = (width - len(ids), 0) if self.left else (0, width - len(ids))
         labels = ids.clone()
-        labels[1:3] = -100  # scored tokens are others than real ones
+        labels[:3] = -100  # scored tokens are others than real ones; no padding predicts the first
         return {
             "input_ids": torch.nn.functional.pad(ids, pad, value=258),
             "labels": torch.nn.functional.pad(labels, pad, value=-100),
@@ -96,6 +107,8 @@ def bare(name: str) -> str:
 def gradients(model: Any) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
             from deepspeed.utils import safe_get_full_grad
 
@@ -145,8 +158,39 @@ def zero(stage: int) -> dict[str, Any]:
     }
 
 
+def adapted(model: Any) -> Any:
+    """With LoRA on all linear layers, whose deltas already do something."""
+    model = adapt(model, Lora(rank=4, alpha=8))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def predictors() -> list[dict[str, Tensor]]:
+    """Random low-rank ones that select about two thirds of the neurons, one a layer."""
+    generator = torch.Generator().manual_seed(2)
+
+    def int8(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+    return [
+        {
+            "w1": int8(8, 32),
+            "s1": torch.full((8,), 1e-3),
+            "w2": int8(96, 8),
+            "s2": torch.full((96,), 1e-2),
+            "bias": torch.full((96,), 0.2),
+        }
+        for _ in range(2)
+    ]
+
+
 def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
     _, batch, accumulation = VARIANTS[variant]
+    mode, _, variant = variant.rpartition("_")
     model, dense = tiny_model(), parent()  # before the arguments: ZeRO-3 would partition a model made after them
     arguments = TrainingArguments(
         output_dir=str(folder / variant),
@@ -168,14 +212,17 @@ def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
         activation_checkpointing_kwargs={"use_reentrant": False} if variant == "checkpointing" else None,
         deepspeed=zero(int(variant[-1])) if variant.startswith("zero") else None,
     )
-    rule = Threshold(Threshold.Options(gain=GAIN), [torch.full((96,), THRESHOLD)] * 2, density=0.5)
+    gain = 0.2 if mode == "moving" else GAIN
+    rule = Threshold(Threshold.Options(gain=gain), [torch.full((96,), THRESHOLD) for _ in range(2)], density=0.5)
     penalty = Hoyer(ScaleOptions(), [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
     seen = Gradients()
+    selected = predictors() if mode == "predicted" else None
+    sparsity = SparsityControl(model, rule, 0.5, predictors=selected, penalty=penalty)
     trainer = SparsityTrainer(
-        model=model,
+        model=adapted(model) if mode == "lora" else model,
         args=arguments,
-        train_dataset=Texts(),
-        sparsity=SparsityControl(model, rule, 0.5, penalty=penalty),
+        train_dataset=Texts(left=mode == "left"),
+        sparsity=sparsity,
         parent=dense,
         kl_weight=KL,
         lm_weight=LM,
@@ -229,10 +276,12 @@ def run(variant: str, folder: Path, mutant: str = "") -> None:
         weights, engine = shard(trainer, seen), "FSDP2"
     else:
         trainer.train()
-        weights, engine = whole_parameters(trainer.model), type(trainer.model_wrapped).__name__
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        weights, engine = whole_parameters(trainer.model, trained), type(trainer.model_wrapped).__name__
     if trainer.accelerator.is_main_process:
         tensors = {f"gradient.{name}": value for name, value in seen.found.items()}
         tensors |= {f"weight.{name}": value for name, value in weights.items()}
+        tensors |= {f"threshold.{i}": t for i, t in enumerate(trainer.sparsity.sparsifier.thresholds)}
         tensors |= {"losses": torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])}
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
         save_file(tensors, folder / f"{variant}{mutant}.safetensors", metadata={"engine": engine})
