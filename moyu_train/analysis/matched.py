@@ -10,8 +10,7 @@ a sequence, 94 % of the pairs in 1,024 tokens would be further apart than any ma
 depend on the window. What lies beyond `NEAR` is a figure of its own, and so is each band of distances. And the partner
 from another document stands at the very position of the token that it replaces, so that positions match pair by pair.
 
-Meaning is what the model's layers have no part in: input embeddings less their mean, projected, averaged over the 2 and
-over the 16 tokens on either side (the phrase and about the sentence); similarity is the mean of the two cosines.
+Similarity is the mean cosine of the two views of models/meaning.py, of embeddings less their mean.
 """
 
 import math
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moyu_train.analysis.subject import SKIP, Seen, Window
+from moyu_train.models.meaning import REACHES, around, sketch
 
 NEAR = 64
 BANDS = (1, 5, 17, NEAR + 1)  # where bands of distances begin
@@ -31,7 +31,6 @@ PAIRS = 20_000  # of each kind, near and far
 BINS = 20
 BOOTSTRAPS = 200
 BANK_BYTES = 512 * 2**20
-SKETCH = 64
 MIN_DOCUMENTS = 5  # for an interval
 
 
@@ -115,27 +114,14 @@ class Meaning:
     """Similarity of meaning of two rows of a bank, by the model's input embeddings `[V, D]`."""
 
     def __init__(self, embeddings: Tensor, bank: Bank) -> None:
-        generator = torch.Generator().manual_seed(0)
         used, place = bank.ids.unique(return_inverse=True)
-        sketch = embeddings[used.to(embeddings.device)].float().cpu()
-        if sketch.shape[1] > SKETCH:
-            sketch = sketch @ torch.randn(sketch.shape[1], SKETCH, generator=generator)
-        vectors = sketch[place]
+        vectors = sketch(embeddings[used.to(embeddings.device)])[place]
         vectors = vectors - vectors.mean(0)
-        self.views = [self._averaged(vectors, bank.sequence, reach) for reach in (2, 16)]
-
-    @staticmethod
-    def _averaged(vectors: Tensor, sequence: Tensor, reach: int) -> Tensor:
-        """Mean over up to `reach` tokens on either side in the same sequence, of length 1."""
-        parts = []
-        for rows in vectors.split(sequence.unique_consecutive(return_counts=True)[1].tolist()):
-            sums = torch.cat([torch.zeros_like(rows[:1]), rows.cumsum(0)])
-            at = torch.arange(len(rows))
-            parts.append(sums[(at + reach + 1).clamp_max(len(rows))] - sums[(at - reach).clamp_min(0)])
-        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+        lengths = bank.sequence.unique_consecutive(return_counts=True)[1].tolist()
+        self.views = [torch.cat([around(rows, reach) for rows in vectors.split(lengths)]) for reach in REACHES]
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        return sum((view[first] * view[second]).sum(-1) for view in self.views) / len(self.views)  # type: ignore[return-value]
+        return torch.stack([(view[first] * view[second]).sum(-1) for view in self.views]).mean(0)
 
 
 def bins_of(bank: Bank, pairs: Pairs, same: Tensor, different: Tensor) -> tuple[Tensor, Tensor]:

@@ -192,6 +192,7 @@ def sparsity_on(run: "Run", model: Any, sparsifier: Any, predictors: list[dict[s
         windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
         scales = measure_scales(model, getattr(options, "statistic", "contribution"), windows, sparsifier.rules)
         penalty = cls(options, scales, sparsifier.rules, sparsifier.density)
+        penalty.begin(model, windows)
         if recipe.penalty.adaptive:
             loop = recipe.penalty.adaptive
             adaptive = AdaptiveCoefficient(recipe.penalty.coefficient[0][1], loop.gain, loop.ramp)
