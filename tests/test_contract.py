@@ -64,8 +64,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Grad
     """Runs a variant in processes of its own: gradients of the first step, weights after the last, losses, engine."""
     folder = tmp_path_factory.mktemp("contract")
 
-    def start(variant: str, mutant: str = "") -> tuple[Gradients, Gradients, Tensor, str]:
-        path = folder / f"{variant}{mutant}.safetensors"
+    def start(variant: str, mutant: str = "", penalty: str = "hoyer") -> tuple[Gradients, Gradients, Tensor, str]:
+        path = folder / f"{variant}{mutant}{penalty}.safetensors"
         if not path.is_file():
             processes = contract.VARIANTS[variant][0]
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -74,7 +74,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Grad
             if not variant.startswith("zero"):  # with it accelerate would quietly run DDP in place of DeepSpeed
                 environment["ACCELERATE_USE_CPU"] = "true"
             result = subprocess.run(
-                [*command, *([mutant] if mutant else [])], env=environment, capture_output=True, text=True, timeout=120
+                [*command, mutant, penalty], env=environment, capture_output=True, text=True, timeout=120
             )
             assert result.returncode == 0, result.stderr[-3000:]
         tensors = load_file(path)
@@ -131,3 +131,22 @@ def test_mutants_fail(launch: Callable, mutant: str) -> None:
     found, _, _, _ = launch("ddp-1x4", mutant)
     expected, _ = reference()
     assert distance(found, expected) > 1e-3
+
+
+@pytest.mark.parametrize("penalty", contract.INERTIA_COEFFICIENT)
+def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
+    """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
+    gradients, weights, _, _ = launch("8x1", penalty=penalty)
+    without, _, _, _ = launch("8x1", "off", penalty)
+    rest = {name: gradients[name] - without[name] for name in gradients}
+    assert norm(rest) > 0.3 * norm(gradients)
+    for variant in ("1x8", "checkpointing", "ddp-1x4"):
+        found, ended, _, _ = launch(variant, penalty=penalty)
+        assert distance(found, gradients) < 1e-5, variant
+        assert distance(ended, weights) < 1e-4, variant
+
+
+def test_statistics_of_one_process_alone_would_be_noticed(launch: Callable) -> None:
+    _, weights, _, _ = launch("8x1", penalty="lag_decorrelation")
+    _, ended, _, _ = launch("ddp-1x4", contract.OWN_STATISTICS, "lag_decorrelation")
+    assert distance(ended, weights) > 1e-3

@@ -11,7 +11,7 @@ from moyu_train.data import Documents
 from moyu_train.progress import console
 from moyu_train.settings import Analyze
 
-CALIBRATION = 1024  # tokens, in sequences of 256, for the needed neurons and the levels
+CALIBRATION = 512  # tokens, in sequences of 256, for the needed neurons and the levels
 
 
 def measure(subject: Subject, documents: Documents, settings: Analyze) -> dict[str, Any]:

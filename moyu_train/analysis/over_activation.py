@@ -18,7 +18,7 @@ from moyu_train.analysis.subject import SKIP, Seen, Subject, Window, neuron_outp
 from moyu_train.data import Documents
 from moyu_train.evaluation.perplexity import score
 
-SAMPLE = 48  # tokens of each sequence and layer that the matmuls are run on
+SAMPLE = 64  # tokens of each sequence and layer that the matmuls are run on
 DENSITIES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11, 0.07, 0.04, 0.02)
 RELU = 0.05  # share of exact zeros from which a layer is of the ReLU family: then a != 0 is active
 
