@@ -69,9 +69,9 @@ class Subject:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     @classmethod
-    def checkpoint(cls, folder: Path) -> "Subject":
+    def checkpoint(cls, name: str, folder: Path) -> "Subject":
         rules, predictors = read_state(folder)
-        return cls(folder.name, load_dense(folder), rules, predictors, read_inputs(folder))
+        return cls(name, load_dense(folder), rules, predictors, read_inputs(folder))
 
     @property
     def ordered(self) -> bool:
