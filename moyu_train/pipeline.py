@@ -67,7 +67,9 @@ STAGES = {
             "predictor",
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
-        Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
+        Stage(
+            "control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze.tokens"), "control"
+        ),
         Stage(
             "finetune",
             "moyu_train.training.finetune:finetune",

@@ -1,6 +1,7 @@
 """Recipe: the only source of truth for settings. Strict YAML, overridden by `--section.key value`. Imports no torch."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -91,9 +92,13 @@ class Recipe(Section):
         return [block.model_dump() for block in self.blocks]
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe."""
+        """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe.
+
+        sections: names of sections, or `section.key`.
+        """
         dump = self.model_dump(mode="json")
-        text = json.dumps({key: dump[key] for key in sections}, sort_keys=True)
+        parts = {name: functools.reduce(lambda part, key: part[key], name.split("."), dump) for name in sections}
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,17 +1,24 @@
 """Estimators of the MOYU notions on processes whose answers are known."""
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
+import yaml
+from moyu_kernels.rules import Rule
+from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
 from torch import Tensor
 
 from moyu_train.analysis import causal, history, inertia, matched, over_activation
 from moyu_train.analysis.subject import SKIP, Seen, Subject, Window, windows
+from moyu_train.checkpoints.export import export
+from moyu_train.cli import main
 from moyu_train.data import Documents
+from moyu_train.recipe import load_recipe
 
 DOCUMENTS, LENGTH, NEURONS, MEANING = 60, 48, 512, 8
 
@@ -327,3 +334,55 @@ def test_mean_overlap_is_the_mean_over_pairs() -> None:
     z, p = torch.rand(7, 20, generator=torch.Generator().manual_seed(0)) < 0.4, torch.full((20,), 0.4).double()
     pairs = [inertia.overlap(z[i].double(), z[j].double(), p) for i in range(7) for j in range(7) if i != j]
     assert causal.mean_overlap(z, p) == pytest.approx(torch.stack(pairs).mean().item())
+
+
+def names_in(figures: Any) -> set[str]:
+    """Every name of a figure, but those of blocks, lags and models."""
+    if isinstance(figures, list):
+        return set().union(*map(names_in, figures))
+    if not isinstance(figures, dict):
+        return set()
+    return {name for name in figures if not name.isdigit()}.union(*map(names_in, figures.values()))
+
+
+def test_the_verb_reports_side_by_side(tmp_path: Path) -> None:
+    """Every measure on a dense model and a sparse checkpoint, by the command line: documented figures, offline page."""
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    measures = ["history", "inertia", "senses", "causal", "cett_ppl"]
+    settings["analyze"] = {"tokens": 1000, "sparsities": [0.5], "measures": measures}
+    settings["data"]["validation_documents"] = 5
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
+    rules = [Rule(torch.full((96,), 0.05)) for _ in range(2)]
+    export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", rules, None, None)
+    command = ["analyze", str(tmp_path / "r.yaml"), "--json", str(tmp_path / "f.json")]
+    assert main([*command, "--against", str(tmp_path / "sparse")]) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert list(figures) == ["model", "sparse"]
+    for found in figures.values():
+        assert found["perplexity"] > 1
+        assert len(found["inertia"]["interval"]) == 2
+        for row in found["layers"]:
+            assert {"needed", "hau", "excess_hau", "siai", "siai_interval", "carry", "stale_error"} <= set(row)
+    assert figures["sparse"]["inertia"]["density"] < 1
+    documented = (Path(__file__).parent.parent / "docs" / "analysis.md").read_text()
+    for name in names_in(list(figures.values())) - {"prompt"}:
+        assert f"`{name}" in documented, f"analyze gives {name}, docs/analysis.md does not explain it"
+    page = (tmp_path / "run" / "analysis" / "analysis.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "http" not in page
+    assert "SIAI" in page
+
+
+def test_experts_have_over_activation_alone(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model", "mixtral"))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings | {"predictor": None, "bench": None}))
+    assert main(["analyze", str(tmp_path / "r.yaml"), "--json", str(tmp_path / "f.json")]) == 0
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert 0 < figures["over_activation"]["needed"] < 1
+    assert "inertia" not in figures
+    assert (tmp_path / "run" / "analyze" / "analysis.html").is_file()
+
+
+def test_measuring_more_trains_no_control_again() -> None:
+    key = [load_recipe("m", over).digest("analyze.tokens") for over in ([], ["--analyze.measures", "[]"])]
+    assert key[0] == key[1] != load_recipe("m", ["--analyze.tokens", "7"]).digest("analyze.tokens")

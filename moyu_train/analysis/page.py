@@ -67,6 +67,11 @@ def notions_table(models: dict[str, Figures]) -> Table:
     return table
 
 
+def _with_legend(figure: Figure, axes: Any) -> Figure:
+    axes.legend()
+    return figure
+
+
 def _by_layer(
     models: dict[str, Figures], label: str, *places: tuple[tuple[str, ...], str], band: str = ""
 ) -> Figure | None:
@@ -84,8 +89,7 @@ def _by_layer(
                 low, high = zip(*ends, strict=True)
                 axes.fill_between(range(len(low)), low, high, alpha=0.2, color=line.get_color())
             drawn = True
-    axes.legend()
-    return figure if drawn else None
+    return _with_legend(figure, axes) if drawn else None
 
 
 def _by_lag(models: dict[str, Figures]) -> Figure | None:
@@ -99,8 +103,7 @@ def _by_lag(models: dict[str, Figures]) -> Figure | None:
                 axes.plot([int(lag) for lag in points], list(points.values()), marker=marker, label=label)
                 drawn = True
     axes.set_xscale("log", base=2)
-    axes.legend()
-    return figure if drawn else None
+    return _with_legend(figure, axes) if drawn else None
 
 
 def _unions(models: dict[str, Figures]) -> Figure | None:
@@ -114,8 +117,7 @@ def _unions(models: dict[str, Figures]) -> Figure | None:
                 axes.plot([int(length) for length in points], list(points.values()), style, marker="o", label=label)
                 drawn = True
     axes.set_xscale("log", base=2)
-    axes.legend()
-    return figure if drawn else None
+    return _with_legend(figure, axes) if drawn else None
 
 
 HISTORY = ((("hau",), "HAU"), (("excess_hau",), "excess HAU"), (("flip_margin",), "flip margin"))
