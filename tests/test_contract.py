@@ -149,4 +149,4 @@ def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -
 def test_statistics_of_one_process_alone_would_be_noticed(launch: Callable) -> None:
     _, weights, _, _ = launch("8x1", penalty="lag_decorrelation")
     _, ended, _, _ = launch("ddp-1x4", contract.OWN_STATISTICS, "lag_decorrelation")
-    assert distance(ended, weights) > 1e-3
+    assert distance(ended, weights) > 1e-4
