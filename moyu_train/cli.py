@@ -12,7 +12,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.recipe import Recipe, load_recipe
 
 STAGE_VERBS = {
-    "analyze": "measure over-activation: zero share, concentration, perplexity against oracle sparsity",
+    "analyze": "measure over-activation, history uncertainty and inertia; perplexity against oracle sparsity",
     "calibrate": "find the rule's thresholds on the dense model",
     "fit-predictors": "fit the predictors of all layers in one pass",
     "calibrate-in-loop": "find the predictors' cuts with the untouched model in the loop",
@@ -26,7 +26,7 @@ STAGE_VERBS = {
     "bench": "time decoding: dense eager, dense compiled, our runner, sparse",
     "report": "result table, report.html and plots from the finished stages",
 }
-ON_FOLDER = ("verify", "evaluate", "bench")  # these also take a sparse checkpoint in place of a recipe
+ON_FOLDER = ("analyze", "verify", "evaluate", "bench")  # these also take a sparse checkpoint in place of a recipe
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +45,8 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verb(name, text)
         what = "recipe, or a sparse checkpoint's folder" if name in ON_FOLDER else "recipe, or a model for the defaults"
         sub.add_argument("recipe", help=what)
+        if name == "analyze":
+            sub.add_argument("--against", metavar="MODEL", help="a second model, or sparse checkpoint, side by side")
     generate = verb("generate", "stream text from a sparse checkpoint")
     generate.add_argument("folder", help="sparse checkpoint")
     generate.add_argument("--prompt", required=True)
@@ -103,6 +105,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
     }
     if known.verb in simple:
         return simple[known.verb](known)
+    if known.verb == "analyze" and (known.against or (Path(known.recipe) / "moyu").is_dir()):
+        return _analyze_models(load_recipe(known.recipe, rest), known.against)
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
         return _on_folder(known.verb, Path(known.recipe), rest)
     recipe = load_recipe(known.recipe, rest)
@@ -123,9 +127,25 @@ def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     if verb == "run":
         return run_all(run)
     figures = run_stage(run, verb)
-    from moyu_train.analysis.tables import print_figures
+    from moyu_train.analysis.tables import console, print_figures
 
-    print_figures(verb, figures)
+    if verb == "analyze":
+        from moyu_train.analysis.page import notions_table
+
+        console.print(notions_table({"dense": figures}))
+        console.print(f"plots and analysis.html in {run.stage_folder(verb).resolve()}")
+    else:
+        print_figures(verb, figures)
+    return figures
+
+
+def _analyze_models(recipe: Recipe, against: str | None) -> dict[str, Any]:
+    from moyu_train.analysis.page import notions_table
+    from moyu_train.analysis.stage import analyze_models
+    from moyu_train.analysis.tables import console
+
+    figures = analyze_models(recipe, [recipe.model, *([against] if against else [])])
+    console.print(notions_table(figures))
     return figures
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
+from moyu_train.settings import Data
 
 BUILTIN = {
     "state-union-train": "state_union_train.jsonl.gz",
@@ -239,6 +240,15 @@ def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents,
     scored = documents.scored
     first = Documents(documents.tokens[:-count], scored and scored[:-count])
     return first, Documents(documents.tokens[-count:], scored and scored[-count:])
+
+
+def training_text(settings: Data, tokenizer: Any, window: int, sources: Sequence[str]) -> tuple[Documents, Documents]:
+    """The documents of all `sources` as (training, validation)."""
+    parts = [
+        tokenise(read_texts(source, settings.text_field), tokenizer, source, window, settings.max_tokens)
+        for source in sources
+    ]
+    return hold_back(join(parts), settings.validation_documents, ", ".join(settings.sources))
 
 
 def overlap(train: Documents, test: Documents, n: int = 13) -> float:

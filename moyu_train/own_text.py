@@ -11,6 +11,7 @@ from moyu_train.files import write_text
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
 
+SELF = "self"  # as a source in `data.train`
 LENGTH, BATCH = 512, 32  # tokens of a document, documents at a time
 
 

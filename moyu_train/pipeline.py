@@ -38,7 +38,6 @@ from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 from moyu_train.training.lora import check_quantise
 
-OWN_TEXT = "self"
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
 
 
@@ -69,7 +68,9 @@ STAGES = {
             "predictor",
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
-        Stage("control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze"), "control"),
+        Stage(
+            "control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze.tokens"), "control"
+        ),
         Stage(
             "finetune",
             "moyu_train.training.finetune:finetune",
@@ -202,16 +203,11 @@ class Run:
         with PartialState().main_process_first():
             return resolve_source(self.recipe.finetune.parent)
 
-    def _documents(self, source: str, limit: int | None, window: int) -> data.Documents:
-        texts = data.read_texts(source, self.recipe.data.text_field)
-        return data.tokenise(texts, self.tokenizer, source, window, limit)
-
     @cached_property
     def _training(self) -> tuple[data.Documents, data.Documents]:
         settings = self.recipe.data
-        sources = [self._own_text() if source == OWN_TEXT else source for source in settings.sources]
-        parts = [self._documents(source, settings.max_tokens, self.recipe.finetune.window) for source in sources]
-        return data.hold_back(data.join(parts), settings.validation_documents, ", ".join(settings.sources))
+        sources = [self._own_text() if source == own_text.SELF else source for source in settings.sources]
+        return data.training_text(settings, self.tokenizer, self.recipe.finetune.window, sources)
 
     def _own_text(self) -> str:
         """File of the model's own text, written once."""
@@ -234,7 +230,8 @@ class Run:
 
     @cached_property
     def test(self) -> data.Documents:
-        return self._documents(self.recipe.data.test, None, 2)
+        source = self.recipe.data.test
+        return data.tokenise(data.read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
         return load_dense(self.source, dtype, self.recipe.described)

@@ -1,8 +1,10 @@
 """Recipe: the only source of truth for settings. Strict YAML, overridden by `--section.key value`. Imports no torch."""
 
 import difflib
+import functools
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +34,7 @@ from moyu_train.settings import (
 from moyu_train.sparsifiers import SPARSIFIERS
 
 CONTROL = "control"  # as finetune.parent
+INERTIA_RAMP = (0.3, 0.5)  # shares of the steps between which the coefficient of `inertia` rises from 0
 
 
 class RecipeError(MoyuError):
@@ -63,8 +66,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_methods(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Options may be given without the name: they are then the default method's."""
+        """Options may be given without the name: they are then the default method's. `inertia: w` is a penalty."""
         named = dict(settings)
+        if "inertia" in named:
+            named["penalty"] = _inertia(named.pop("inertia"), named.get("penalty"))
         for kind in ("sparsifier", "predictor"):
             if isinstance(named.get(kind), dict):
                 named[kind] = {"name": cls.model_fields[kind].default.name, **named[kind]}
@@ -94,10 +99,26 @@ class Recipe(Section):
         return [block.model_dump() for block in self.blocks]
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe."""
+        """SHA-256 of the named sections, to tell whether a finished stage still belongs to this recipe.
+
+        sections: names of sections, or `section.key`.
+        """
         dump = self.model_dump(mode="json")
-        text = json.dumps({key: dump[key] for key in sections}, sort_keys=True)
+        parts = {name: functools.reduce(lambda part, key: part[key], name.split("."), dump) for name in sections}
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _inertia(weight: Any, penalty: Any) -> dict[str, Any] | None:
+    """The penalty of the signed knob: above 0 against inertia, below 0 for it."""
+    if penalty is not None:
+        raise ValueError("inertia stands for a penalty, and penalty is given too; remove one of them")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise ValueError(
+            f"inertia {weight!r} must be a number: above 0 against it (overlap_residual), below 0 locality"
+        )
+    points = list(zip(INERTIA_RAMP, (0.0, abs(float(weight))), strict=True))
+    return {"name": "overlap_residual" if weight > 0 else "locality", "coefficient": points} if weight else None
 
 
 def _known(kind: str, name: str, registry: dict[str, str]) -> None:

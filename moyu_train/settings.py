@@ -144,8 +144,13 @@ class Inputs(Method):
 
 
 class Analyze(Section):
+    """Beside the uplift curve and needed neurons, always measured: what of history and inertia (docs/analysis.md)."""
+
     tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
+    measures: tuple[Literal["history", "inertia", "senses", "causal", "cett_ppl"], ...] = ("history", "inertia")
+    tau: float = Field(0.2, gt=0, lt=1, description="relative error of an FFN's output that dropping neurons may make")
+    density: float | None = Field(None, gt=0, lt=1, description="count so many neurons as active, in place of by tau")
 
     @model_validator(mode="after")
     def _range(self) -> "Analyze":

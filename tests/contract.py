@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from moyu_train.penalties.base import Penalty
 from moyu_train.penalties.hoyer import Hoyer
-from moyu_train.penalties.scale import ScaleOptions
+from moyu_train.penalties.lag_decorrelation import LagDecorrelation
+from moyu_train.penalties.overlap_residual import OverlapResidual
 from moyu_train.settings import Lora
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
@@ -25,6 +27,7 @@ from moyu_train.training.launch import end_processes, whole_parameters
 from moyu_train.training.lora import adapt
 from moyu_train.training.trainer import SparsityTrainer
 
+INERTIA_COEFFICIENT = {"overlap_residual": 10.0, "lag_decorrelation": 100.0}
 STEPS, RATE, COEFFICIENT, KL, LM = 20, 0.002, 3.0, 0.5, 1.0
 LENGTHS = (4, 6, 9, 13, 17, 20, 23, 24)  # the longest six times the shortest
 THRESHOLD, GAIN = 0.05, 0.0  # a fixed mask rule: the controller has a test of its own
@@ -50,6 +53,7 @@ MODES = {
 }
 VARIANTS |= {f"{mode}_{variant}": VARIANTS[variant] for mode, variants in MODES.items() for variant in variants}
 MUTANTS = ("off", "doubled", "by-world-size", "micro-batch-mean", "labels")
+OWN_STATISTICS = "own-statistics"  # a mutant of the penalties with statistics: each process keeps to its own
 
 
 class Texts(Dataset):
@@ -144,6 +148,23 @@ def mutate(trainer: SparsityTrainer, mutant: str) -> None:
             return items
 
         trainer._get_num_items_in_batch = counted
+    elif mutant == OWN_STATISTICS:
+        step = trainer.sparsity.penalty.step
+
+        def alone() -> None:
+            reduce, torch.distributed.all_reduce = torch.distributed.all_reduce, lambda tensor: None
+            step()
+            torch.distributed.all_reduce = reduce
+
+        trainer.sparsity.penalty.step = alone
+
+
+def penalty_of(name: str, model: Any, rule: Threshold) -> Penalty:
+    cls = {"hoyer": Hoyer, "overlap_residual": OverlapResidual, "lag_decorrelation": LagDecorrelation}[name]
+    options = {} if name == "hoyer" else {"memory": 0.5}
+    penalty = cls(cls.Options(**options), [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
+    penalty.begin(model, torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(1)))
+    return penalty
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -188,7 +209,7 @@ def predictors() -> list[dict[str, Tensor]]:
     ]
 
 
-def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
+def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradients]:
     _, batch, accumulation = VARIANTS[variant]
     mode, _, variant = variant.rpartition("_")
     model, dense = tiny_model(), parent()  # before the arguments: ZeRO-3 would partition a model made after them
@@ -214,7 +235,7 @@ def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
     )
     gain = 0.2 if mode == "moving" else GAIN
     rule = Threshold(Threshold.Options(gain=gain), [torch.full((96,), THRESHOLD) for _ in range(2)], density=0.5)
-    penalty = Hoyer(ScaleOptions(), [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
+    penalty = penalty_of(name, model, rule)
     seen = Gradients()
     selected = predictors() if mode == "predicted" else None
     sparsity = SparsityControl(model, rule, 0.5, predictors=selected, penalty=penalty)
@@ -226,7 +247,7 @@ def make(variant: str, folder: Path) -> tuple[SparsityTrainer, Gradients]:
         parent=dense,
         kl_weight=KL,
         lm_weight=LM,
-        coefficient=lambda progress: COEFFICIENT,
+        coefficient=lambda progress: COEFFICIENT if name == "hoyer" else INERTIA_COEFFICIENT[name],
         callbacks=[seen],
     )
     seen.trainer = trainer
@@ -266,8 +287,8 @@ def shard(trainer: SparsityTrainer, seen: Gradients) -> dict[str, Tensor]:
     return whole_parameters(model)
 
 
-def run(variant: str, folder: Path, mutant: str = "") -> None:
-    trainer, seen = make(variant, folder)
+def run(variant: str, folder: Path, mutant: str = "", penalty: str = "hoyer") -> None:
+    trainer, seen = make(variant, folder, penalty)
     mutate(trainer, mutant)
     processes = VARIANTS[variant][0]
     if trainer.accelerator.num_processes != processes:
@@ -284,7 +305,7 @@ def run(variant: str, folder: Path, mutant: str = "") -> None:
         tensors |= {f"threshold.{i}": t for i, t in enumerate(trainer.sparsity.sparsifier.thresholds)}
         tensors |= {"losses": torch.tensor([line["loss"] for line in trainer.state.log_history if "loss" in line])}
         tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-        save_file(tensors, folder / f"{variant}{mutant}.safetensors", metadata={"engine": engine})
+        save_file(tensors, folder / f"{variant}{mutant}{penalty}.safetensors", metadata={"engine": engine})
     end_processes()
 
 

@@ -85,8 +85,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
     """Runs a variant in processes of its own."""
     folder = tmp_path_factory.mktemp("contract")
 
-    def start(variant: str, mutant: str = "") -> Seen:
-        path = folder / f"{variant}{mutant}.safetensors"
+    def start(variant: str, mutant: str = "", penalty: str = "hoyer") -> Seen:
+        path = folder / f"{variant}{mutant}{penalty}.safetensors"
         if not path.is_file():
             processes = contract.VARIANTS[variant][0]
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -95,7 +95,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
             if "zero" not in variant:  # with it accelerate would quietly run DDP in place of DeepSpeed
                 environment["ACCELERATE_USE_CPU"] = "true"
             result = subprocess.run(
-                [*command, *([mutant] if mutant else [])], env=environment, capture_output=True, text=True, timeout=120
+                [*command, mutant, penalty], env=environment, capture_output=True, text=True, timeout=120
             )
             assert result.returncode == 0, result.stderr[-3000:]
         tensors = load_file(path)
@@ -169,3 +169,22 @@ def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
 def test_mutants_fail(launch: Callable, mutant: str) -> None:
     expected, _ = reference()
     assert distance(launch("ddp-1x4", mutant).gradients, expected) > 1e-3
+
+
+@pytest.mark.parametrize("penalty", contract.INERTIA_COEFFICIENT)
+def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
+    """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
+    whole, without = launch("8x1", penalty=penalty), launch("8x1", "off", penalty).gradients
+    gradients = whole.gradients
+    rest = {name: gradients[name] - without[name] for name in gradients}
+    assert norm(rest) > 0.3 * norm(gradients)
+    for variant in ("1x8", "checkpointing", "ddp-1x4"):
+        found = launch(variant, penalty=penalty)
+        assert distance(found.gradients, gradients) < 1e-5, variant
+        assert distance(found.weights, whole.weights) < 1e-4, variant
+
+
+def test_statistics_of_one_process_alone_would_be_noticed(launch: Callable) -> None:
+    whole = launch("8x1", penalty="lag_decorrelation")
+    own = launch("ddp-1x4", contract.OWN_STATISTICS, "lag_decorrelation")
+    assert distance(own.weights, whole.weights) > 1e-4

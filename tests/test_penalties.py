@@ -94,15 +94,106 @@ def test_sequence_penalties_compute_their_formulas() -> None:
     assert built("locality", [rule])(0, a)[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["chunk", "locality"])
+PAIRED = ("overlap_residual", "lag_decorrelation")  # against inertia
+
+
+def activations() -> tuple[Any, torch.Tensor]:
+    """A model, and the activations of its first block on WINDOWS."""
+    model, seen = tiny_model(), []
+    with Masking(find_blocks(model), lambda layer, a, expert: seen.append(a)), torch.no_grad():
+        model(WINDOWS)
+    return model, seen[0].detach()
+
+
+def test_overlap_residual_computes_its_formula() -> None:
+    rule = Rule(torch.ones(3))
+    a = torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(0)) * 3
+    z = [[soft(v) for v in token] for token in a[0].tolist()]
+
+    def phi(t: int, s: int) -> float:
+        return sum((z[t][i] - 0.25) * (z[s][i] - 0.25) for i in range(3)) / (3 * 0.25 * 0.75)
+
+    expected = [sum(max(phi(t, t - k) - 0.1, 0) ** 2 for k in (1, 2, 4) if k <= t) / 7 for t in range(5)]
+    penalty = built("overlap_residual", [rule], margin=0.1)
+    assert penalty(0, a)[0].tolist() == pytest.approx(expected, rel=1e-4)
+    assert max(expected) > 0
+
+
+def test_meaning_excuses_overlap() -> None:
+    """q is the mean overlap of pairs of other sequences, by similarity: it takes away what those have too."""
+    model, a = activations()
+    rules = [Rule(torch.full((96,), 0.05)) for _ in range(2)]
+    penalty = built("overlap_residual", rules, 0.25, margin=0.0)
+    penalty.begin(model, WINDOWS)
+    assert penalty.rate(0).mean() == pytest.approx(penalty.mask(0, a).mean().item(), rel=1e-4)
+    without = penalty(0, a).mean()
+    penalty.prepare(WINDOWS)
+    q = penalty._features[0] @ penalty.weights[0]
+    x = penalty.centred(0, a, None)
+    p = penalty.rate(0)
+    across = torch.einsum("atf,bsf->abts", x, x) / (p * (1 - p)).sum()
+    others = torch.stack([across[1, 0], across[2, 1]])
+    assert q.mean() == pytest.approx(others.mean().item(), abs=0.1)
+    assert penalty(0, a).mean() != without
+    again = built("overlap_residual", rules, 0.25, margin=0.0)
+    again.load(penalty.state())
+    torch.testing.assert_close(again.rate(1), penalty.rate(1))
+
+
+def test_lag_decorrelation_is_its_statistic_with_its_gradient() -> None:
+    model, a = activations()
+    rules = [Rule(torch.full((96,), 0.05)) for _ in range(2)]
+    penalty = built("lag_decorrelation", rules, 0.25)
+    penalty.begin(model, WINDOWS)
+
+    def statistic(a: torch.Tensor) -> torch.Tensor:
+        x, p = penalty.mask(0, a) - penalty.rate(0), penalty.rate(0)
+        tokens, v = a.shape[0] * a.shape[1], (p * (1 - p)).clamp_min(1e-3)
+        lags = [k for k in (1, 2, 4, 8, 16) if k < a.shape[1]]
+        parts = [((x[:, k:] * x[:, :-k]).sum((0, 1)) / tokens).square() / v for k in lags]
+        return torch.stack(parts).sum(0).mean() / 7
+
+    one, two = a.clone().requires_grad_(), a.clone().requires_grad_()
+    value = penalty(0, one).mean()
+    assert value.item() == pytest.approx(statistic(two).item(), rel=1e-4)
+    value.backward()
+    statistic(two).backward()
+    torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_statistics_follow_the_training_forwards_and_nothing_else(name: str) -> None:
+    """Sums of micro-batches, padding left out, taken at a step's end; a recompute or an evaluation adds nothing."""
+    model = tiny_model()
+    sparsifier = Threshold(Threshold.Options(), [torch.full((96,), 0.05)] * 2, 0.1)
+    penalties = [built(name, sparsifier.rules, 0.1, memory=0.0) for _ in range(2)]
+    padded = torch.cat([WINDOWS, WINDOWS.flip(0)], dim=1)
+    real = torch.arange(40).expand(3, 40) < 20
+    for penalty, whole in zip(penalties, (True, False), strict=True):
+        control = SparsityControl(model, sparsifier, 0.1, penalty=penalty)
+        for part in (padded,) if whole else padded.split(1):
+            with control.armed(True, real[: len(part)] if whole else None, part):
+                model(part if whole else part[:, :20])
+            model(part)  # not armed
+        control.remove()
+        before = penalty.measured[0].clone()
+        penalty.step()
+        assert (penalty.measured[0] != before).any()
+    for one, other in zip(*(penalty.measured for penalty in penalties), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", ["chunk", "locality", *PAIRED])
 def test_padding_changes_no_sequence_penalty(name: str) -> None:
     penalty = built(name, [Rule(torch.ones(3))])
+    if name == "lag_decorrelation":
+        penalty.measured[0][1:] = 0.1
     g = torch.Generator().manual_seed(0)
     a, padding = torch.rand(2, 11, 3, generator=g) * 2, torch.rand(2, 6, 3, generator=g) * 9
     real = torch.arange(17).expand(2, 17) < 11
     padded = penalty(0, torch.cat([a, padding], dim=1), real)
     torch.testing.assert_close((padded * real).sum(), penalty(0, a).sum())
-    if name == "locality":  # windows of chunk start where a sequence does, so padding in front moves them
+    if name != "chunk":  # windows of chunk start where a sequence does, so padding in front moves them
         left = penalty(0, torch.cat([padding, a], dim=1), real.flip(1))
         torch.testing.assert_close((left * real.flip(1)).sum(), penalty(0, a).sum())
     with pytest.raises(MoyuError, match="compares neighbouring tokens"):
@@ -115,11 +206,13 @@ def test_every_penalty_trains(name: str) -> None:
     model = tiny_model()
     rules = [Rule(torch.full((96,), 0.05)) for _ in range(2)]
     sparsifier = Threshold(Threshold.Options(), [rule.threshold for rule in rules], 0.1)
-    control = SparsityControl(model, sparsifier, 0.1, penalty=built(name, sparsifier.rules, 0.1))
+    penalty = built(name, sparsifier.rules, 0.1)
+    penalty.begin(model, WINDOWS)
+    control = SparsityControl(model, sparsifier, 0.1, penalty=penalty)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     values = []
     for _ in range(8):
-        with control.armed(True):
+        with control.armed(True, ids=WINDOWS):
             model(WINDOWS)
         value = control.take_penalty()
         values.append(value.item())

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny, tiny_settings
@@ -26,6 +27,19 @@ def write(path: Path, text: str) -> str:
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = load_recipe(str(path))
     resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+
+
+def test_inertia_is_a_signed_knob(tmp_path: Path) -> None:
+    def penalty(text: str) -> Any:
+        return load_recipe(write(tmp_path / "r.yaml", f"model: m\n{text}")).penalty
+
+    against, towards = penalty("inertia: 0.05"), penalty("inertia: -0.1")
+    assert (against.name, against.coefficient) == ("overlap_residual", ((0.3, 0.0), (0.5, 0.05)))
+    assert (towards.name, towards.coefficient) == ("locality", ((0.3, 0.0), (0.5, 0.1)))
+    assert penalty("inertia: 0") is None
+    for text, message in (("inertia: much", "must be a number"), ("inertia: 1\npenalty: {name: l1}", "remove one")):
+        with pytest.raises(RecipeError, match=message):
+            penalty(text)
 
 
 def test_there_are_recipes() -> None:

@@ -15,7 +15,7 @@ TITLES = (
 )
 
 
-def _axes(x: str, y: str) -> tuple[Figure, Any]:
+def axes_of(x: str, y: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
@@ -26,7 +26,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Any]:
 
 def uplift(analysis: dict[str, Any]) -> Figure:
     """Perplexity of the dense model, relative, when only its largest contributions are kept."""
-    figure, axes = _axes("neurons off (oracle, per token)", "perplexity, relative to dense")
+    figure, axes = axes_of("neurons off (oracle, per token)", "perplexity, relative to dense")
     curve = analysis["uplift"]
     dense = curve[0]["perplexity"]
     axes.plot([p["sparsity"] for p in curve], [p["perplexity"] / dense for p in curve], marker="o")
@@ -37,7 +37,7 @@ def uplift(analysis: dict[str, Any]) -> Figure:
 
 
 def layers(rows: list[dict[str, Any]], target: float) -> Figure:
-    figure, axes = _axes("layer", "share of the layer's neurons")
+    figure, axes = axes_of("layer", "share of the layer's neurons")
     axes.plot([row["selected"] for row in rows], label="selected by the predictor (gate and up read)")
     axes.plot([row["kept"] for row in rows], label="kept (down read)")
     axes.plot([row["mass_kept"] for row in rows], label="contribution kept, of what the rule keeps", color="grey")
@@ -48,7 +48,7 @@ def layers(rows: list[dict[str, Any]], target: float) -> Figure:
 
 
 def quality(result: dict[str, Any]) -> Figure:
-    figure, axes = _axes("FFN bytes skipped", "perplexity, relative to the best dense model")
+    figure, axes = axes_of("FFN bytes skipped", "perplexity, relative to the best dense model")
     ppl = result["ppl"]
     best = min(ppl["dense"], ppl.get("control", ppl["dense"]))
     points = (
@@ -68,7 +68,7 @@ def quality(result: dict[str, Any]) -> Figure:
 
 def routes(rows: list[dict[str, Any]]) -> Figure:
     """Rows of `collect`: quality of each route, as far as it got."""
-    figure, axes = _axes("neurons off", "perplexity, relative to the dense parent")
+    figure, axes = axes_of("neurons off", "perplexity, relative to the dense parent")
     for row in rows:
         label = f"{row['route']}, {row['tokens']:,} tokens: {row['ppl_over_dense']:.3f}"
         axes.scatter(row["neurons_off"], row["ppl_over_dense"], s=60, label=label)
@@ -83,7 +83,7 @@ def routes(rows: list[dict[str, Any]]) -> Figure:
 
 def training(metrics: Path) -> Figure:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, axes = _axes("step", "loss (nats per token)")
+    figure, axes = axes_of("step", "loss (nats per token)")
     if not lines:  # rebuilt from a delta
         return figure
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], label="loss")

@@ -105,14 +105,14 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
         indent=1,
     )
     pictures = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{_png(figure)}">'
+        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{png_of(figure)}">'
         for figure, title in zip(images.values(), plots.TITLES, strict=True)
     )
     page = PAGE.format(
         title=f"moyu: {html.escape(result['model'])}",
         lead=html.escape(_lead(result)),
         figures=pictures,
-        tables="".join(f"<pre>{html.escape(_text(table))}</pre>" for table in tables),
+        tables="".join(f"<pre>{html.escape(text_of(table))}</pre>" for table in tables),
         source=html.escape(source),
     )
     write_text(run.folder / "report.html", page)
@@ -123,13 +123,13 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
     return result
 
 
-def _png(figure: Any) -> str:
+def png_of(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _text(table: Any) -> str:
+def text_of(table: Any) -> str:
     paper = Console(file=io.StringIO(), width=130, record=True)
     paper.print(table)
     return paper.export_text()

@@ -8,4 +8,6 @@ PENALTIES = {
     "lte": "moyu_train.penalties.lte:LTE",
     "chunk": "moyu_train.penalties.chunk:Chunk",
     "locality": "moyu_train.penalties.locality:Locality",
+    "overlap_residual": "moyu_train.penalties.overlap_residual:OverlapResidual",
+    "lag_decorrelation": "moyu_train.penalties.lag_decorrelation:LagDecorrelation",
 }

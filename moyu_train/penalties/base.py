@@ -1,7 +1,8 @@
 """What a penalty gets, and what it gives: one fp32 value a token, which the trainer sums and divides."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from moyu_kernels.rules import Rule
 from pydantic import BaseModel
 from torch import Tensor
@@ -27,3 +28,25 @@ class Penalty:
     def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
         """Values `[...]` of `a` `[..., F]`; real: bool `[B, T]`, where a token is no padding (None: everywhere)."""
         raise NotImplementedError
+
+    def begin(self, model: Any, windows: Tensor) -> None:
+        """Before training: measure on int64 `[N, T]` what the penalty compares with."""
+
+    def prepare(self, ids: Tensor | None) -> None:
+        """Before each training forward: its tokens, int64 `[B, T]`."""
+
+    def count(self, layer: int, real: Tensor | None) -> None:
+        """After the penalty of each layer of a training forward, but not of a recompute: add to its statistics."""
+
+    def step(self) -> None:
+        """At the end of an optimizer step: take the statistics, summed over processes, for the next one."""
+
+    def to(self, device: torch.device) -> None:
+        self.scales = [scale.to(device) for scale in self.scales]
+
+    def state(self) -> dict[str, Tensor]:
+        """What a training checkpoint keeps of the statistics."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """From a checkpoint's `state`."""

@@ -20,6 +20,7 @@ from moyu_train.penalties.ratio import RatioCoefficient
 from moyu_train.training.health import Health
 
 STATE_FILE = "moyu_training.safetensors"
+PENALTY = "penalty."  # in front of the names of its state
 
 
 class SparsityControl(TrainerCallback):
@@ -95,6 +96,7 @@ class SparsityControl(TrainerCallback):
             term = (values if self._real is None else values.flatten() * self._real.flatten()).sum()
             if self._collecting:
                 self._terms.append(term)
+                self.penalty.count(layer, self._real)
         if self.counting:
             self._count(layer, rule, selected, keep, expert)
         return keep
@@ -113,10 +115,15 @@ class SparsityControl(TrainerCallback):
         self.health.note(layer, keep, expert)
 
     @contextmanager
-    def armed(self, on: bool, real: Tensor | None = None) -> Iterator[None]:
-        """Counts within, and collects the penalty's terms. real: `[B, T]`, not 0 where a token is no padding."""
+    def armed(self, on: bool, real: Tensor | None = None, ids: Tensor | None = None) -> Iterator[None]:
+        """Counts within, and collects the penalty's terms.
+
+        Args: real: `[B, T]`, not 0 where a token is no padding; ids: the tokens, int64 `[B, T]`.
+        """
         before, self.counting, self._collecting = self.counting, on, on
         self._real, self._terms = None if real is None else real.bool(), []
+        if on and self.penalty is not None:
+            self.penalty.prepare(ids)
         try:
             yield
         finally:
@@ -143,7 +150,7 @@ class SparsityControl(TrainerCallback):
             {name: tensor.to(args.device) for name, tensor in predictor.items()} for predictor in self.predictors
         ]
         if self.penalty is not None:
-            self.penalty.scales = [scale.to(args.device) for scale in self.penalty.scales]
+            self.penalty.to(args.device)
         self._counts, self._penalty = self._counts.to(args.device), self._penalty.to(args.device)
         self.health.to(args.device)
         self.sparsifier.advance(state.global_step / max(state.max_steps, 1))
@@ -162,6 +169,8 @@ class SparsityControl(TrainerCallback):
         if self.adaptive:
             self.adaptive.update(kept, self.target, progress, self._penalty.item() / max(tokens, 1))
         self._penalty.zero_()
+        if self.penalty is not None:
+            self.penalty.step()
         for layer, density in enumerate(self.density[:, 0].tolist()):
             if self.together:
                 self.sparsifier.control(layer, kept, self.target)
@@ -191,11 +200,13 @@ class SparsityControl(TrainerCallback):
         return {self.prefix + name: value for name, value in found.items()}
 
     def save(self, folder: Path) -> None:
-        """Thresholds, densities, silent neurons and the adaptive coefficient, beside a training checkpoint."""
+        """Thresholds, densities, silent neurons, and what the penalty holds, beside a training checkpoint."""
         tensors = thresholds_to_tensors(self.sparsifier.thresholds)
         tensors |= {f"blocks.{i}.silent": silent for i, silent in enumerate(self.health.silent)}
         if self.adaptive:
             tensors["coefficient"] = self.adaptive.state()
+        if self.penalty is not None:
+            tensors |= {f"{PENALTY}{name}": tensor.contiguous() for name, tensor in self.penalty.state().items()}
         save_file({**tensors, "density": self.density}, folder / f"{self.prefix}{STATE_FILE}")
 
     def load(self, folder: Path) -> None:
@@ -205,6 +216,9 @@ class SparsityControl(TrainerCallback):
         self.health.silent = [tensors[f"blocks.{i}.silent"] for i in range(len(self.blocks))]
         if self.adaptive:
             self.adaptive.load(tensors["coefficient"])
+        if self.penalty is not None:
+            state = {name.removeprefix(PENALTY): t for name, t in tensors.items() if name.startswith(PENALTY)}
+            self.penalty.load(state)
 
     def remove(self) -> None:
         self._masking.remove()

@@ -205,6 +205,7 @@ def sparsity_on(
         windows = training_windows(run, recipe.finetune)[:SCALE_WINDOWS]
         scales = measure_scales(model, getattr(options, "statistic", "contribution"), windows, sparsifier.rules)
         penalty = cls(options, scales, sparsifier.rules, sparsifier.density)
+        penalty.begin(model, windows)
         start = recipe.penalty.coefficient[0][1]
         if loop := recipe.penalty.adaptive:
             adaptive = AdaptiveCoefficient(start, loop.gain, loop.ramp)

@@ -114,7 +114,7 @@ class SparsityTrainer(Trainer):
                 parent = self.parent(**tensors, use_cache=False).logits
         with contextlib.ExitStack() as arms:
             for control in self.controls:
-                arms.enter_context(control.armed(training, real))
+                arms.enter_context(control.armed(training, real, inputs["input_ids"]))
             if self.anchor and training:
                 arms.enter_context(self.anchor.armed(real))
             outputs = model(**tensors, use_cache=False)
