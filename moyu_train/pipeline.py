@@ -345,6 +345,13 @@ def _clear_others(folder: Path, key: str) -> None:
     write_text(owner, key)
 
 
+def run_up_to(run: Run, name: str) -> None:
+    """A stage and those that it needs."""
+    for need in run.needs(name):
+        run_up_to(run, need)
+    run_stage(run, name)
+
+
 def run_all(run: Run) -> dict[str, Any]:
     """All stages; returns the report stage's figures (the content of result.json)."""
     write_json(run.folder / "recipe.json", run.recipe.model_dump(mode="json"))
