@@ -1,6 +1,9 @@
 """Predictor families against what they are defined as: planted maps, brute force, one token after another."""
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -278,3 +281,44 @@ def test_ops_refuse_families_that_they_do_not_compute(tmp_path: Path) -> None:
     arguments = (torch.randn(1, 32), gate, up, down.T, rules[0].threshold, "silu", list(predictors[0].values()))
     with pytest.raises(ValueError, match="predictor 'history' has no op"):
         gated_ffn(*arguments)
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = {paths!r}
+import test_predictors as tests
+rank, family, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
+predictor = tests.observe(family, [rank, rank + 2])
+predictor.gather()
+torch.save(predictor.state(), f"{{folder}}/{{rank}}.pt")
+"""
+
+
+def observe(family: str, windows: list[int], together: bool = False) -> Any:
+    """A predictor that has seen some of four windows; `together`: two by two as one, as two processes take them."""
+    block = find_blocks(tiny_model())[0]
+    x = inputs(400)
+    contribution = contributions(block, x)
+    kept = contribution > contribution.flatten().median()
+    cls, options = CASES[family]
+    options = options | ({"batch": 200 if together else 100, "negative_weight": 1.0} if family == "mlp" else {})
+    predictor = cls(cls.Options(**options), block, CPU)
+    parts = [windows[:2], windows[2:]] if together else [[window] for window in windows]
+    for part in parts:
+        place = torch.cat([torch.arange(100 * window, 100 * window + 100) for window in part])
+        predictor.observe(x[place], contribution[place], kept[place])
+    return predictor
+
+
+@pytest.mark.parametrize("family", ["history", "mlp"])
+def test_two_processes_fit_what_one_does(family: str, tmp_path: Path) -> None:
+    """Sums add up; steps of `mlp` are common ones."""
+    code = WORKER.format(paths=[str(Path(__file__).parent)])
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(rank), family, str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    expected = observe(family, [0, 1, 2, 3], together=family == "mlp").state()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
