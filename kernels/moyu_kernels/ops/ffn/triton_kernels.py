@@ -46,7 +46,7 @@ def gate_up_kernel(
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
-            bias_ptr, f, F, R, PLANES, ACT, N, BLOCK, 2048 // BLOCK,
+            bias_ptr, f, F, R, PLANES, ACT, N, BLOCK, 8192 // (BLOCK * PLANES),
         )  # fmt: skip
     else:
         wanted = tl.where(f < F, (1 << N) - 1, 0)
