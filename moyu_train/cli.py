@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
     cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
     cost.add_argument("recipe", help="recipe, or a model for the defaults")
+    families = verb("compare-predictors", "one table of predictor families and operating points, in the loop")
+    families.add_argument("recipe", help="recipe, or a model for the defaults")
+    families.add_argument("--plot", metavar="FILE", help="perplexity against bytes skipped, as an image")
     routes = verb("collect", "one table of several finished runs, and their rows with --json")
     routes.add_argument("runs", nargs="+", help="run folders")
     routes.add_argument("--plot", metavar="FILE", help="quality against neurons off, as an image")
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, not imported yet, then asks for huge pages on a CPU
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("run", "step-cost", "inspect", *STAGE_VERBS):
+    if rest and known.verb not in ("run", "step-cost", "inspect", "compare-predictors", *STAGE_VERBS):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
@@ -114,6 +117,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
         return _step_cost(recipe)
     if known.verb == "inspect":
         return _inspect(recipe)
+    if known.verb == "compare-predictors":
+        return _compare_predictors(recipe, known.plot)
     if known.verb == "run" and known.dry_run:
         print(json.dumps(recipe.model_dump(mode="json"), indent=1))
         return recipe.model_dump(mode="json")
@@ -155,6 +160,21 @@ def _step_cost(recipe: Recipe) -> dict[str, Any]:
 
     figures = step_cost(recipe)
     print_figures("step-cost", figures)
+    return figures
+
+
+def _compare_predictors(recipe: Recipe, plot: str | None) -> dict[str, Any]:
+    from moyu_train.analysis.plots import frontier
+    from moyu_train.analysis.tables import console, predictor_table
+    from moyu_train.evaluation.compare import compare_predictors
+    from moyu_train.pipeline import Run, run_up_to
+
+    run = Run(recipe)
+    run_up_to(run, "finetune" if recipe.compare.model == "finetuned" else "calibrate")
+    figures = compare_predictors(run)
+    console.print(predictor_table(figures))
+    if plot:
+        frontier(figures).savefig(plot, dpi=150)
     return figures
 
 

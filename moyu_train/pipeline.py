@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from moyu_kernels.loading import simulated_because
-from moyu_kernels.ops.ffn.naive import WHOLE_ROW
+from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 
 from moyu_train import __version__, data, own_text
 from moyu_train.errors import MoyuError
@@ -173,6 +173,13 @@ class Run:
                 "skip: use predictor: null (--predictor null), or another sparsifier, such as 'gate_threshold'"
             )
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
+        if cls.form in SIMULATED:
+            if self.recipe.bench:
+                raise MoyuError(
+                    f"predictor {cls.name!r} has no kernel yet, so there is no speed to measure: use bench: null "
+                    "(--bench null), or another predictor, such as 'lowbit'"
+                )
+            console.print(f"predictor {cls.name!r} is simulated: masks on a dense model, nothing is skipped")
         itemsize = getattr(torch, self.recipe.export.dtype).itemsize
         dense = sum(ffn_bytes(block, itemsize) for block in blocks)
         share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
@@ -351,6 +358,13 @@ def _clear_others(folder: Path, key: str) -> None:
     (folder / "stage.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(owner, key)
+
+
+def run_up_to(run: Run, name: str) -> None:
+    """A stage and those that it needs."""
+    for need in run.needs(name):
+        run_up_to(run, need)
+    run_stage(run, name)
 
 
 def run_all(run: Run) -> dict[str, Any]:

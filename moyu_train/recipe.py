@@ -20,6 +20,7 @@ from moyu_train.settings import (
     Bench,
     Block,
     Calibrate,
+    Compare,
     Control,
     Data,
     Evaluate,
@@ -59,6 +60,7 @@ class Recipe(Section):
     control: Control | None = Control()
     predictor: Method | None = Method(name="lowbit")
     fit: Fit = Fit()
+    compare: Compare = Compare()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
     bench: Bench | None = Bench()
@@ -80,6 +82,8 @@ class Recipe(Section):
         _known("sparsifier", self.sparsifier.name, SPARSIFIERS)
         if self.predictor:
             _known("predictor", self.predictor.name, PREDICTORS)
+        for method in self.compare.predictors:
+            _known("compare.predictors", method.name, PREDICTORS)
         if self.inputs:
             _known("inputs", self.inputs.name, SPARSIFIERS)
         if self.allocation.method == "greedy" and self.target_sparsity > self.allocation.most:

@@ -250,6 +250,24 @@ class Allocation(Section):
         return [self.most * (i + 1) / count for i in range(count)]
 
 
+class Compare(Section):
+    """Predictor families for `moyu compare-predictors`; the first is what the others' layers are compared with."""
+
+    model: Literal["finetuned", "dense"] = "finetuned"
+    predictors: tuple[Method, ...] = Field(
+        (
+            Method(name="lowrank", rank=32),
+            Method(name="history", rank=25),
+            Method(name="svd", rank=32),
+            Method(name="mlp", rank=32),
+            Method(name="signs"),
+            Method(name="lowbit", bits=1),
+        ),
+        min_length=1,
+    )
+    bytes_skipped: tuple[float, ...] = Field((0.5, 0.6, 0.7), min_length=1, description="operating points")
+
+
 class Export(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .modules import SparseGatedFFN, activation, resolve_backend
-from .ops.ffn.naive import PREDICTORS
+from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .prompt import PromptState, watch_sequences
 from .rules import Rule, simulate
 
@@ -47,8 +47,8 @@ def from_pretrained(
         folder: a complete sparse checkpoint.
         dtype: of the model's weights; default what is stored. Thresholds and predictors keep theirs.
         backend: "auto", "cpu", "triton" or "reference".
-        mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint "predicted" becomes "rule", with a
-            warning.
+        mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint, or with one that no op computes,
+            "predicted" becomes "rule", with a warning.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
         `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
@@ -61,8 +61,10 @@ def from_pretrained(
     raw, block_list, settings = _read_config(folder)
     state = load_file(folder / STATE)
     names = _predictor_names(folder, settings, manifest)
-    if mode == "predicted" and settings["predictor"] is None:
-        logger.warning("moyu: %s has no predictor: mode 'rule' is used, which reads every gate row at least", folder)
+    if mode == "predicted" and not names:
+        found = settings["predictor"]
+        what = f"a simulated predictor ({found['family']}, which no op computes)" if found else "no predictor"
+        logger.warning("moyu: %s has %s: mode 'rule' is used, which reads every gate row at least", folder, what)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
     for index, block in enumerate(block_list):
@@ -138,11 +140,11 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], di
 
 
 def _predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the predictor's tensors, none where there is no predictor."""
+    """Names of the predictor's tensors, none where there is no predictor or no op computes it."""
     predictor = settings["predictor"]
     if predictor is None:
         return ()
-    if predictor["family"] not in PREDICTORS:
+    if predictor["family"] not in PREDICTORS | SIMULATED:
         raise CheckpointError(
             f"{folder}: the predictor family {predictor['family']!r} is unknown (known: {', '.join(PREDICTORS)}); "
             "update moyu_kernels"
@@ -152,7 +154,7 @@ def _predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str,
             f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
             f"folder holds {manifest['ffn_sha256'][:12]}…; fit the predictors on these weights and export again"
         )
-    return PREDICTORS[predictor["family"]]
+    return PREDICTORS.get(predictor["family"], ())
 
 
 def _tensor(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:

@@ -84,7 +84,7 @@ class SparseGatedFFN(nn.Module):
         gate, _, down = projections.values()
         self.neurons, self.hidden = gate.weight.shape
         self._names, self.act, self.rule = tuple(projections), act, rule
-        self._predictor = naive.PREDICTORS[naive.predictor_family(predictor)] if predictor else ()
+        self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
         down.weight.data = down.weight.data.t().contiguous().t()
         for name, projection in projections.items():

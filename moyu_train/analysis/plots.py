@@ -81,6 +81,26 @@ def routes(rows: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def frontier(figures: dict[str, Any]) -> Figure:
+    """Figures of `compare-predictors`: what each family pays in perplexity for the bytes that it skips."""
+    figure, axes = _axes("FFN bytes skipped (dashed: would be, no op yet)", "perplexity, relative to the dense parent")
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dashed = set()
+    for row, point in zip(figures["rows"], figures["points"], strict=True):
+        lines.setdefault(row["family"], []).append((point["would_skip"], row["ppl_over_dense"]))
+        if point["simulated"]:
+            dashed.add(row["family"])
+    for family, points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        axes.plot(x, y, marker="o", linestyle="--" if family in dashed else "-", label=family)
+    axes.axhline(figures["ppl"]["rule"] / figures["ppl"]["dense"], linestyle=":", color="black", label="rule mask")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.legend(fontsize="small")
+    return figure
+
+
 def training(metrics: Path) -> Figure:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = axes_of("step", "loss (nats per token)")

@@ -47,6 +47,28 @@ def quality_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def predictor_table(figures: dict[str, Any]) -> Table:
+    """Rows of `compare-predictors`."""
+    table = Table(title=f"Predictors in the loop on {figures['tokens']} tokens of {figures['documents']} documents")
+    columns = ("family", "bytes", "recall", "precision", "mass kept", "bytes skipped", "over oracle", "over dense")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "family" else "right")
+    for row, point in zip(figures["rows"], figures["points"], strict=True):
+        skipped = f"(simulated {point['would_skip']:.1%})" if point["simulated"] else f"{row['bytes_skipped']:.1%}"
+        table.add_row(
+            row["family"],
+            *(_share(row[name]) for name in ("bytes_share", "recall", "precision", "mass_kept")),
+            skipped,
+            *(f"{row[name]:.3f}" for name in ("ppl_over_oracle", "ppl_over_dense")),
+        )
+    ppl = figures["ppl"]
+    table.caption = (
+        f"Perplexity: dense {ppl['dense']:.2f}, rule mask {ppl['rule']:.2f}. Bytes are shares of the FFN's in "
+        f"{figures['dtype']}, the predictor's own counted as read. Simulated: no op yet, so nothing is skipped."
+    )
+    return table
+
+
 VARIANTS = ("dense", "control", "sparse")  # those that tasks and agreement are measured on
 
 

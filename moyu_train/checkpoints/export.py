@@ -104,9 +104,19 @@ def read_inputs(folder: Path) -> dict[str, Rule]:
 
 
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:
-    """Rules and predictors (None where there are none) of a sparse checkpoint."""
+    """Rules and predictors (None where there are none) of a sparse checkpoint.
+
+    Raises: MoyuError where the predictors were fitted for other FFN weights.
+    """
     tensors = load_file(folder / STATE)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     formula = config["moyu"].get("formula", {})
+    fitted_for = (config["moyu"]["predictor"] or {}).get("ffn_sha256")
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if fitted_for not in (None, manifest["ffn_sha256"]):
+        raise MoyuError(
+            f"{str(folder)!r}: the predictors are stale, they were fitted for other FFN weights; fit them on these and "
+            "export again"
+        )
     rules = [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
     return rules, predictors_from_tensors(tensors) or None

@@ -12,6 +12,8 @@ from moyu_train.files import check_writable
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
+from moyu_train.predictors import PREDICTORS
+from moyu_train.registry import resolve
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -28,7 +30,7 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     thresholds, predictors = read(run.before("export"))
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name
-    family = run.recipe.predictor.name if run.recipe.predictor else None
+    family = resolve("predictor", run.recipe.predictor, PREDICTORS)[0].form if run.recipe.predictor else None
     selected = run.figures("recalibrate")["selected_share"] if family else None
     inputs = input_rules(run, "finetune")
     export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected, inputs)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import moyu_kernels
 import torch
 from moyu_kernels.ops.cpu import read_bandwidth
+from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 from torch import Tensor
 from transformers import StaticCache
 
+from moyu_train.checkpoints.export import read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import row_bytes
@@ -106,6 +108,9 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
             f"the held-out text has {len(text)} tokens in its first document, bench needs {need}; lower "
             "bench.contexts or bench.new_tokens"
         )
+    _, predictors = read_state(folder)
+    if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
+        raise MoyuError(f"{str(folder)!r} has predictors that no op computes (simulated), so no speed to measure")
     itemsize = model_itemsize(folder)
     started = time.monotonic()
     sparse = moyu_kernels.from_pretrained(folder)

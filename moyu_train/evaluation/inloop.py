@@ -30,10 +30,11 @@ class Counts:
     tokens: Tensor
     mass_kept: Tensor  # contribution of the kept neurons
     mass_rule: Tensor  # contribution of the neurons that the rule keeps
+    ruled: Tensor  # neurons that the rule keeps, selected or not
 
     @classmethod
     def zeros(cls, layers: int) -> "Counts":
-        return cls(*(torch.zeros(layers, dtype=torch.float64) for _ in range(5)))
+        return cls(*(torch.zeros(layers, dtype=torch.float64) for _ in range(6)))
 
 
 def row_bytes(block: FFNBlock, itemsize: int) -> int:
@@ -125,6 +126,7 @@ class SparseMasks:
         counts.tokens[layer] += a[..., 0].numel()
         counts.mass_kept[layer] += (contribution * keep).sum(dtype=torch.float64).item()
         counts.mass_rule[layer] += (contribution * rule).sum(dtype=torch.float64).item()
+        counts.ruled[layer] += rule.sum().item()
         return keep
 
     def __enter__(self) -> "SparseMasks":
@@ -137,7 +139,7 @@ class SparseMasks:
         self.inputs.__exit__(*exc)
 
     def per_layer(self) -> list[dict[str, Any]]:
-        """Per layer: density selected and kept, recall of the rule by contribution mass, precision by count."""
+        """Per layer: density selected and kept, recall of the rule by contribution and by count, precision by count."""
         c = self.counts
         rows = []
         for i, block in enumerate(self.blocks):
@@ -148,6 +150,7 @@ class SparseMasks:
                     "selected": c.selected[i].item() / places,
                     "kept": c.kept[i].item() / places,
                     "mass_kept": (c.mass_kept[i] / c.mass_rule[i].clamp_min(1e-30)).item(),
+                    "recall": (c.kept[i] / c.ruled[i].clamp_min(1)).item(),
                     "precision": (c.kept[i] / c.selected[i].clamp_min(1)).item(),
                 }
             )

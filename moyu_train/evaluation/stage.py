@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import moyu_kernels
 import torch
+from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
 from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
@@ -43,6 +44,8 @@ def evaluate_checkpoint(
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
     simulated = rules[0].op is None or any(block.layout != "gated" for block in masks.blocks)
+    if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
+        simulated = True
     figures: dict[str, Any] = {
         "scores": sparse,
         "simulated": simulated,  # without an op nothing is skipped

@@ -1,6 +1,6 @@
 """Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
 
-from moyu_kernels.ops.ffn.naive import PREDICTORS
+from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED
 from torch import Tensor
 
 
@@ -22,7 +22,8 @@ def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tens
 
 def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """One dict a layer, in the order of tensors in which the ops take them; empty where there are no predictors."""
-    names = next((names for names in PREDICTORS.values() if f"blocks.0.predictor.{names[0]}" in tensors), ())
+    stored = {name.removeprefix("blocks.0.predictor.") for name in tensors if name.startswith("blocks.0.predictor.")}
+    names = next((names for names in (PREDICTORS | SIMULATED).values() if set(names) == stored), ())
     count = _blocks(tensors) if names else 0
     return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
 

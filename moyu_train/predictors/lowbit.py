@@ -1,10 +1,12 @@
-"""2-bit copies of gate and up: the predictor computes the FFN's own activation, roughly, at an eighth of their bytes.
+"""2-bit or 1-bit copies of gate and up: the predictor computes the FFN's own activation, roughly, at 1/8 or 1/16.
 
 Rounding follows GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and the error of
 each is made up for by those after it, so that `norm((W - W2) @ x)` over the text is small rather than `norm(W - W2)`.
 All that this needs of the text is the second moment of x, streamed in one pass: nothing is dumped, the sums of many
 processes add up, and there is nothing to tune by gradient.
 """
+
+from typing import Literal
 
 import torch
 from moyu_kernels.ops.ffn.naive import pack_codes
@@ -15,17 +17,19 @@ from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock
 from moyu_train.predictors.sums import Sums
 
-SPACING = 0.9957  # between the 4 even levels of least mean square error for a normal variable of variance 1 (Max 1960)
+# between the 4 or 2 even levels of least mean square error for a normal variable of variance 1 (Max 1960)
+SPACING = {2: 0.9957, 1: 1.5958}
 COLUMNS = 64  # rounded before their error is carried to the rest
 
 
 class LowBit(Sums):
     """Predictor of one layer. Sums are fp32 on the model's device; rounding is fp32, its triangular factor fp64."""
 
-    name = "lowbit"
+    name = form = "lowbit"
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
+        bits: Literal[1, 2] = 2
         damp: float = Field(0.01, gt=0, description="added to the second moment's diagonal, relative to its mean")
 
     def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:
@@ -39,9 +43,9 @@ class LowBit(Sums):
     @classmethod
     def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
         """Bytes that a decode step will read of a layer's predictor."""
-        return neurons * (2 * -(-hidden // 4) + 4 * 4)
+        return neurons * (2 * -(-hidden * options.bits // 8) + 4 * 4)
 
-    def observe(self, x: Tensor, contribution: Tensor) -> None:
+    def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
         x = x.float()
         self.sums["xx"].addmm_(x.T, x)
@@ -49,7 +53,7 @@ class LowBit(Sums):
         self.sums["n"] += len(x)
 
     def solve(self) -> dict[str, Tensor]:
-        """The predictor in storage form: codes uint8 `[F, ceil(D / 4)]`, scales, weight and bias fp32 `[F]`.
+        """The predictor in storage form: codes uint8 `[F, ceil(D * bits / 8)]`, scales, weight and bias fp32 `[F]`.
 
         `score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias` predicts `sqrt(contribution)` in units of its
         mean over the layer.
@@ -58,7 +62,9 @@ class LowBit(Sums):
         moment.diagonal().add_(self.options.damp * moment.diagonal().mean())
         gate, up, _ = self.block.weights()
         try:
-            (gate_levels, gate_scale), (up_levels, up_scale) = (round_weight(w.float(), moment) for w in (gate, up))
+            (gate_levels, gate_scale), (up_levels, up_scale) = (
+                round_weight(w.float(), moment, self.options.bits) for w in (gate, up)
+            )
         except torch.linalg.LinAlgError as error:
             raise MoyuError(
                 f"the inputs of {self.block.path} have no usable second moment ({error}); raise predictor.damp or "
@@ -67,9 +73,9 @@ class LowBit(Sums):
         mean = self.sums["y"] / self.sums["n"]
         weight = self.block.down_norms().sqrt() / mean
         stored = {
-            "gate_codes": pack_codes(gate_levels),
+            "gate_codes": pack_codes(gate_levels, self.options.bits),
             "gate_scale": gate_scale,
-            "up_codes": pack_codes(up_levels),
+            "up_codes": pack_codes(up_levels, self.options.bits),
             "up_scale": up_scale,
             "weight": weight,
             "bias": torch.zeros_like(weight),
@@ -77,21 +83,22 @@ class LowBit(Sums):
         return {name: tensor.cpu() for name, tensor in stored.items()}
 
 
-def round_weight(weight: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """GPTQ to the levels -3, -1, 1 and 3 with a scale per row.
+def round_weight(weight: Tensor, moment: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
+    """GPTQ to the levels -3, -1, 1 and 3, or with 1 bit to -1 and 1, with a scale per row.
 
     Args: weight fp32 `[F, D]`; moment fp64 `[D, D]`, positive definite: the mean of `outer(x, x)`.
     Returns: levels fp32 `[F, D]`, scale fp32 `[F]`, which is the best one for these levels in the least-squares sense.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    scale = weight.std(1).clamp_min(1e-30) * SPACING / 2
+    scale = weight.std(1).clamp_min(1e-30) * SPACING[bits] / 2
+    half = 2 ** (bits - 1)
     rest, levels = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], COLUMNS):
         end = min(start + COLUMNS, weight.shape[1])
         errors = torch.empty_like(weight[:, start:end])
         for i in range(start, end):
-            column = (rest[:, i] / scale / 2 - 0.5).round().clamp(-2, 1) * 2 + 1
+            column = (rest[:, i] / scale / 2 - 0.5).round().clamp(-half, half - 1) * 2 + 1
             levels[:, i] = column
             error = (rest[:, i] - column * scale) / factor[i, i]
             errors[:, i - start] = error

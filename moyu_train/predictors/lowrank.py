@@ -18,7 +18,7 @@ from moyu_train.predictors.sums import Sums
 class LowRank(Sums):
     """Predictor of one layer. Sums are fp32 on the model's device; the solution is fp64."""
 
-    name = "lowrank"
+    name = form = "lowrank"
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
@@ -46,7 +46,7 @@ class LowRank(Sums):
             raise MoyuError(f"predictor.rank {options.rank} is above the hidden size {hidden}; lower it")
         return options.rank * (hidden + neurons) + 4 * (options.rank + 2 * neurons)
 
-    def observe(self, x: Tensor, contribution: Tensor) -> None:
+    def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
         x, y = x.float(), contribution.float().sqrt()
         self.sums["xx"].addmm_(x.T, x)
@@ -64,19 +64,32 @@ class LowRank(Sums):
         mean_x, mean_y = sums["x"] / sums["n"], sums["y"] / sums["n"]
         cov = sums["xx"] / sums["n"] - torch.outer(mean_x, mean_x)
         cross = (sums["xy"] / sums["n"] - torch.outer(mean_x, mean_y)) / mean_y.mean()
-        mean_y = mean_y / mean_y.mean()
         cov.diagonal().add_(self.options.ridge * cov.diagonal().mean())
-        root = torch.linalg.cholesky(cov)
-        whitened = torch.linalg.solve_triangular(root, cross, upper=False)  # [D, F]
-        directions = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -self.options.rank :]  # [D, R]
-        w1 = torch.linalg.solve_triangular(root.T, directions, upper=True).T
-        w2 = whitened.T @ directions
-        # int8 with one scale a row: move each column's size of w2 into w1's row, whose scale takes it for free
-        size = w2.abs().amax(0).clamp_min(1e-12)
-        w2, w1 = w2 / size, w1 * size[:, None]
-        (q1, s1), (q2, s2) = quantise_rows(w1), quantise_rows(w2)
-        fitted = (q2.double() * s2[:, None]) @ ((q1.double() * s1[:, None]) @ mean_x)
-        return {"w1": q1, "s1": s1.float(), "w2": q2, "s2": s2.float(), "bias": (mean_y - fitted).float()}
+        w1, w2 = reduced_rank(cov, cross, self.options.rank)
+        return stored(w1, w2, mean_x, mean_y / mean_y.mean())
+
+
+def reduced_rank(cov: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best map of rank R from x to y in the least-squares sense, `y = w2 @ (w1 @ x)`.
+
+    Args: cov fp64 `[D, D]` of x, positive definite; cross fp64 `[D, F]` of x with y.
+    Returns: w1 `[R, D]` and w2 `[F, R]`, fp64; the columns of w2 have a largest value of 1.
+    """
+    root = torch.linalg.cholesky(cov)
+    whitened = torch.linalg.solve_triangular(root, cross, upper=False)  # [D, F]
+    directions = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]  # [D, R]
+    w1 = torch.linalg.solve_triangular(root.T, directions, upper=True).T
+    w2 = whitened.T @ directions
+    # int8 has one scale a row: what the columns of w2 differ by is moved into the rows of w1, whose scales take it
+    size = w2.abs().amax(0).clamp_min(1e-12)
+    return w1 * size[:, None], w2 / size
+
+
+def stored(w1: Tensor, w2: Tensor, mean_x: Tensor, mean_y: Tensor) -> dict[str, Tensor]:
+    """The storage form of `score = w2 @ (w1 @ x) + b`, its bias such that the mean of x gives the mean of y."""
+    (q1, s1), (q2, s2) = quantise_rows(w1), quantise_rows(w2)
+    fitted = (q2.double() * s2[:, None]) @ ((q1.double() * s1[:, None]) @ mean_x)
+    return {"w1": q1, "s1": s1.float(), "w2": q2, "s2": s2.float(), "bias": (mean_y - fitted).float()}
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,40 @@
 """What predictors fitted in closed form share: sums over tokens, which a fit saves, resumes and adds over processes."""
 
+import torch
 from torch import Tensor
 
 
 class Sums:
-    """`sums`: fp32 tensors on the model's device, each a sum over the tokens observed so far."""
+    """`sums`: fp32 tensors on the model's device, each a sum over the tokens observed so far.
 
+    form: the family's name where its scores are computed, a key of `PREDICTORS` or `SIMULATED` in
+        `moyu_kernels.ops.ffn.naive`.
+    in_step: whether all processes have to observe as many windows, since each step of theirs is a common one.
+    """
+
+    form: str
+    in_step = False
     sums: dict[str, Tensor]
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint of a fit keeps, and what processes sum."""
+        """What a checkpoint of a fit keeps."""
         return self.sums
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             self.sums[name].copy_(value)
+
+    def gather(self) -> None:
+        """Once, after the last window, where there are several processes: what all of them observed."""
+        for total in self.sums.values():
+            torch.distributed.all_reduce(total)
+
+
+def slopes(sums: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Per neuron the least-squares line from a feature v to a target y: slope and intercept, fp64 `[F]`.
+
+    Args: sums: `v`, `vv`, `vy`, `y` `[F]` and `n`, sums over tokens.
+    """
+    v, vv, vy, y = (sums[name].double() / sums["n"].double() for name in ("v", "vv", "vy", "y"))
+    slope = (vy - v * y) / (vv - v * v).clamp_min(1e-30)
+    return slope, y - slope * v

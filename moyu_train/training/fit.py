@@ -42,6 +42,8 @@ class PredictorTrainer:
     def fit(self, windows: Tensor, save_every: int) -> list[dict[str, Tensor]]:
         """One pass over `windows` int64 `[N, T]`, shared among the processes; the storage form of each predictor."""
         process = PartialState()
+        if self.predictors[0].in_step:
+            windows = windows[: len(windows) // process.num_processes * process.num_processes]
         windows = windows[process.process_index :: process.num_processes]
         path = self.folder / f"sums-{process.process_index}-of-{process.num_processes}.safetensors"
         start = self._resume(path)
@@ -49,8 +51,8 @@ class PredictorTrainer:
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
             x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
             contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
-            self.predictors[layer].observe(x, contribution)
             mask: Tensor = self.sparsifier.rules[layer].mask(a, expert)
+            self.predictors[layer].observe(x, contribution, (mask & (a != 0)).view_as(contribution))
             return mask
 
         masking = Masking(self.blocks, keep, inputs=True, rules=self.sparsifier.rules)
@@ -62,8 +64,7 @@ class PredictorTrainer:
                     self._save(path, index + 1)
         if process.num_processes > 1:
             for predictor in self.predictors:
-                for total in predictor.state().values():
-                    torch.distributed.all_reduce(total)
+                predictor.gather()
         return [predictor.solve() for predictor in track(self.predictors, "solve predictors")]
 
     def _save(self, path: Path, done: int) -> None:

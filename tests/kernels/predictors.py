@@ -4,11 +4,14 @@ import torch
 from moyu_kernels.ops.ffn import naive
 from torch import Tensor
 
-FAMILIES = tuple(naive.PREDICTORS)
+FAMILIES = tuple(naive.PREDICTORS)  # as a checkpoint names them
+KINDS = (*FAMILIES, "onebit")  # lowbit has 2 bits or 1
 
 
 def random_predictor(family: str, hidden: int, neurons: int, rank: int, seed: int = 0) -> list[Tensor]:
-    """The tensors of a predictor whose bias is zero (lowrank) or about the middle of the scores (lowbit)."""
+    """The tensors of a predictor whose bias is zero (lowrank) or about the middle of the scores (lowbit in 2 bits or,
+    for `onebit`, 1).
+    """
     g = torch.Generator().manual_seed(seed)
     if family == "lowrank":
         w1, w2 = (
@@ -16,8 +19,8 @@ def random_predictor(family: str, hidden: int, neurons: int, rank: int, seed: in
         )
         s1, s2 = torch.rand(rank, generator=g) / 73 / hidden**0.5, torch.rand(neurons, generator=g) / 73 / rank**0.5
         return [w1, s1, w2, s2, torch.zeros(neurons)]
-    parts = []
+    bits, parts = 1 if family == "onebit" else 2, []
     for _ in range(2):
-        levels = torch.randint(0, 4, (neurons, hidden), generator=g) * 2.0 - 3
-        parts += [naive.pack_codes(levels), (torch.rand(neurons, generator=g) + 0.5) / hidden**0.5]
+        levels = torch.randint(0, 2**bits, (neurons, hidden), generator=g) * 2.0 - (2**bits - 1)
+        parts += [naive.pack_codes(levels, bits), (torch.rand(neurons, generator=g) + 0.5) * (3 - bits) / hidden**0.5]
     return [*parts, torch.rand(neurons, generator=g) + 0.5, torch.full((neurons,), -0.65)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from moyu_kernels.ops.aot import Report, compile_launch
 from moyu_kernels.ops.ffn import naive, triton
-from predictors import FAMILIES, random_predictor
+from predictors import KINDS, random_predictor
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -93,7 +93,7 @@ def test_resources_and_loads(target: str, family: str, first: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", triton.DTYPES, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, None])
+@pytest.mark.parametrize("family", [*KINDS, None])
 @pytest.mark.parametrize("n", range(1, 9))
 @pytest.mark.parametrize("target", TARGETS)
 def test_resources_and_loads_of_all_batches(target: str, n: int, family: str | None, dtype: torch.dtype) -> None:

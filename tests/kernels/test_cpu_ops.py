@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as functional
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
-from predictors import FAMILIES, random_predictor
+from predictors import KINDS, random_predictor
 from torch import Tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -62,7 +62,7 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", [ODD, (64, 128, 16), (3, 5, 1), (160, 300, 40)])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_equals_naive(family: str, rows: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
     arguments = ffn_arguments(rows, dtype, sizes, family=family)
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
@@ -71,14 +71,14 @@ def test_equals_naive(family: str, rows: int, sizes: tuple[int, int, int], dtype
 
 
 @pytest.mark.parametrize("act", naive.ACTIVATIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_activations(family: str, act: str) -> None:
     arguments = ffn_arguments(3, torch.float32, act=act, family=family)
     assert_same(cpu.gated_ffn(*arguments), naive.gated_ffn(*arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", [*FAMILIES, None])
+@pytest.mark.parametrize("family", [*KINDS, None])
 def test_rows_equal_batch_of_one_bitwise(dtype: torch.dtype, family: str | None) -> None:
     for rows in range(1, 9):
         arguments = ffn_arguments(rows, dtype, family=family or "lowrank")
@@ -90,7 +90,7 @@ def test_rows_equal_batch_of_one_bitwise(dtype: torch.dtype, family: str | None)
             assert torch.equal(counts_one[0], counts[n])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_any_number_of_threads_bitwise(family: str) -> None:
     arguments = ffn_arguments(2, torch.bfloat16, (160, 1000, 40), family=family)
     threads, found = torch.get_num_threads(), []
@@ -106,7 +106,7 @@ def test_any_number_of_threads_bitwise(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_rows_that_are_not_needed_are_not_read(family: str, dtype: torch.dtype, rows: int) -> None:
     arguments = ffn_arguments(rows, dtype, family=family)
     x, gate, up, down, threshold, act, predictor = arguments
@@ -125,7 +125,7 @@ def test_rows_that_are_not_needed_are_not_read(family: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_nothing_and_everything_active(family: str, dtype: torch.dtype) -> None:
     arguments = ffn_arguments(3, dtype, family=family)
     predictor = arguments[-1]
@@ -152,7 +152,7 @@ def test_not_a_number_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_an_input_that_is_not_finite_spoils_its_own_row_only(family: str, value: float) -> None:
     arguments = ffn_arguments(3, torch.float32, family=family)
     before = cpu.gated_ffn(*arguments)
@@ -279,7 +279,7 @@ import test_cpu_ops as tests
 import test_gate_rules as gates
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
-    for family in tests.FAMILIES:
+    for family in tests.KINDS:
         tests.test_equals_naive(family, 3, tests.ODD, dtype)
         tests.test_rows_equal_batch_of_one_bitwise(dtype, family)
     for rule in gates.RULES:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
-from predictors import FAMILIES, random_predictor
+from predictors import KINDS, random_predictor
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -101,7 +101,7 @@ def test_under_the_interpreter() -> None:
     ("n", "dtype"),
     [(1, torch.bfloat16), (3, torch.bfloat16), (3, torch.float16), (3, torch.float32), (8, torch.float32)],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_predicted(family: str, n: int, dtype: torch.dtype) -> None:
     args = make(n, dtype=dtype, family=family)
     selected, kept = masks(args)
@@ -132,7 +132,7 @@ def test_activations(act: str) -> None:
         (1, 24, 4100, 5, -0.4),  # four larger blocks a chain, five programs a tile
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_sizes(family: str, n: int, d: int, f: int, r: int, shift: float) -> None:
     check(make(n, d, f, r, shift=shift, family=family))
 

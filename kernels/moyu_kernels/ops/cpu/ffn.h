@@ -199,7 +199,9 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
   const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
   const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6;
   const bool gate_first = predictor.empty() && rule != Rule::threshold;
-  const int64_t rank = lowrank ? predictor[0].size(0) : 0, hidden_stride = padded(rank), plane = plane_of(d);
+  const int64_t rank = lowrank ? predictor[0].size(0) : 0, hidden_stride = padded(rank);
+  const int64_t code_bytes = lowbit ? predictor[0].size(1) : 0, planes = planes_of(d, code_bytes);
+  const int64_t plane = plane_of(d, planes);
   const int64_t block = neurons <= 4096 ? BLOCK / 2 : BLOCK;
   const int64_t ranges = (neurons + block - 1) / block;
   static thread_local std::vector<float> scratch;
@@ -235,12 +237,12 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
                           floats(4), plain, rank, rows, d, stride, neurons, hidden, hidden_stride};
   }
   if (lowbit) {
-    rounded.assign(rows * 4 * plane, 0);
+    rounded.assign(rows * planes * plane, 0);
     for (int64_t n = 0; n < rows; ++n)
-      steps[n] = round_row(plain + n * stride, d, rounded.data() + n * 4 * plane, sums[n]);
+      steps[n] = round_row(plain + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n]);
     ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]), data<const uint8_t>(predictor[2]), floats(1), floats(3),
-                        floats(4), floats(5), Rounded{rounded.data(), (d + 3) / 4, plane, steps, sums}, rows, neurons,
-                        ffn.ruled};
+                        floats(4), floats(5), Rounded{rounded.data(), planes, code_bytes, plane, steps, sums}, rows,
+                        neurons, ffn.ruled};
   }
   if (gate_first) ffn.first = GateFirst<W>{ffn.gate, ffn.ruled, wide, rows, d, stride, neurons, gates};
   const int64_t parts = ffn.parts();

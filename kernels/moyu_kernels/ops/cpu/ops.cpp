@@ -25,7 +25,8 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
     check(op, "predictor s2", predictor[3], {neurons}, ScalarType::Float);
     check(op, "predictor bias", predictor[4], {neurons}, ScalarType::Float);
   } else {
-    const int64_t bytes = (d + 3) / 4;
+    const bool one_bit = predictor[0].dim() == 2 && predictor[0].size(1) == (d + 7) / 8 && d > 4;
+    const int64_t bytes = one_bit ? (d + 7) / 8 : (d + 3) / 4;
     check(op, "predictor gate_codes", predictor[0], {neurons, bytes}, ScalarType::Byte);
     check(op, "predictor gate_scale", predictor[1], {neurons}, ScalarType::Float);
     check(op, "predictor up_codes", predictor[2], {neurons, bytes}, ScalarType::Byte);

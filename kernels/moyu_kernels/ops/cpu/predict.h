@@ -122,22 +122,28 @@ struct LowRank {
   }
 };
 
-// x rounded to int8, as the 2-bit codes ask for it: column k * quarter + j of a row at k * plane + j.
+// x rounded to int8, as codes of 2 bits or 1 ask for it, `planes` = 4 or 8 to a byte: column k * bytes + j of a row at
+// k * plane + j.
 struct Rounded {
   static constexpr int64_t STEP = 32;  // bytes of codes that are multiplied at once
-  const int8_t* values;                // [rows, 4, plane], zero from column D on
-  int64_t quarter, plane;
+  const int8_t* values;                // [rows, planes, plane], zero from column D on
+  int64_t planes, bytes, plane;
   const float* step;    // [rows]
   const int32_t* sums;  // [rows]
 
-  const int8_t* row(int64_t n) const { return values + n * 4 * plane; }
+  const int8_t* row(int64_t n) const { return values + n * planes * plane; }
 };
 
-inline int64_t plane_of(int64_t d) { return ((d + 3) / 4 + Rounded::STEP - 1) / Rounded::STEP * Rounded::STEP; }
+// As naive.code_bits: what a row of `bytes` codes of d columns packs into a byte.
+inline int64_t planes_of(int64_t d, int64_t bytes) { return bytes == (d + 3) / 4 ? 4 : 8; }
 
-// x [d] in plain order: its rounded values into out [4, plane], their sum; returns the step.
-inline float round_row(const float* x, int64_t d, int8_t* out, int32_t& sum) {
-  const int64_t quarter = (d + 3) / 4, plane = plane_of(d);
+inline int64_t plane_of(int64_t d, int64_t planes) {
+  return ((d + planes - 1) / planes + Rounded::STEP - 1) / Rounded::STEP * Rounded::STEP;
+}
+
+// x [d] in plain order: its rounded values into out [planes, plane], their sum; returns the step.
+inline float round_row(const float* x, int64_t d, int64_t planes, int8_t* out, int32_t& sum) {
+  const int64_t bytes = (d + planes - 1) / planes, plane = plane_of(d, planes);
   float top = 0.0f;
   for (int64_t i = 0; i < d; ++i) {
     const float size = std::fabs(x[i]);
@@ -145,9 +151,9 @@ inline float round_row(const float* x, int64_t d, int8_t* out, int32_t& sum) {
     top = std::max(top, size);
   }
   const float inverse = top > 1e-30f ? 1.0f / top * 127.0f : 0.0f;
-  for (int64_t k = 0; k < 4; ++k)
-    for (int64_t j = 0; j < std::min(quarter, d - k * quarter); ++j) {
-      const auto value = static_cast<int32_t>(std::nearbyint(x[k * quarter + j] * inverse));
+  for (int64_t k = 0; k < planes; ++k)
+    for (int64_t j = 0; j < std::min(bytes, d - k * bytes); ++j) {
+      const auto value = static_cast<int32_t>(std::nearbyint(x[k * bytes + j] * inverse));
       out[k * plane + j] = static_cast<int8_t>(value);
       sum += value;
     }
@@ -157,6 +163,7 @@ inline float round_row(const float* x, int64_t d, int8_t* out, int32_t& sum) {
 #if defined(__AVX2__)
 inline __m256i load_codes(const uint8_t* p, int64_t left) {
   if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (left == 8) return _mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   if (left == 16) return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   alignas(32) uint8_t buffer[32] = {};
   memcpy(buffer, p, left);
@@ -172,33 +179,36 @@ inline __m256i add_products(__m256i sum, __m256i codes, const int8_t* x) {
 #endif
 }
 
-// out[m] = sum of code * x over rows codes.row[m] of `quarter` bytes.
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t quarter, int64_t plane, int32_t (&out)[4]) {
-  const __m256i two_bits = _mm256_set1_epi8(3);
+// out[m] = sum of code * x over rows codes.row[m] of `bytes` bytes.
+template <int PLANES>
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t (&out)[4]) {
+  constexpr int BITS = 8 / PLANES;
+  const __m256i low = _mm256_set1_epi8((1 << BITS) - 1);
   __m256i sums[4] = {};
-  for (int64_t j = 0; j < quarter; j += Rounded::STEP)
+  for (int64_t j = 0; j < bytes; j += Rounded::STEP)
     for (int m = 0; m < 4; ++m) {
-      const __m256i c = load_codes(codes.row[m] + j, quarter - j);
-      sums[m] = add_products(sums[m], _mm256_and_si256(c, two_bits), x + j);
-      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 2), two_bits), x + plane + j);
-      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 4), two_bits), x + 2 * plane + j);
-      sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, 6), two_bits), x + 3 * plane + j);
+      const __m256i c = load_codes(codes.row[m] + j, bytes - j);
+      for (int k = 0; k < PLANES; ++k)
+        sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, k * BITS), low), x + k * plane + j);
     }
   const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
   const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
 }
 #else
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t quarter, int64_t plane, int32_t (&out)[4]) {
+template <int PLANES>
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t (&out)[4]) {
+  constexpr int BITS = 8 / PLANES;
   for (int m = 0; m < 4; ++m) {
     out[m] = 0;
-    for (int k = 0; k < 4; ++k)
-      for (int64_t j = 0; j < quarter; ++j) out[m] += ((codes.row[m][j] >> 2 * k) & 3) * x[k * plane + j];
+    for (int k = 0; k < PLANES; ++k)
+      for (int64_t j = 0; j < bytes; ++j)
+        out[m] += ((codes.row[m][j] >> k * BITS) & ((1 << BITS) - 1)) * x[k * plane + j];
   }
 }
 #endif
 
-// 2-bit copies of gate and up (naive.lowbit_scores). All products are integers, so their order does not matter.
+// Copies of gate and up in 2 bits or 1 (naive.lowbit_scores). All products are integers, so their order does not matter.
 struct LowBit {
   const uint8_t *gate_codes, *up_codes;
   const float *gate_scale, *up_scale, *weight, *bias;
@@ -209,17 +219,19 @@ struct LowBit {
   // As LowRank::select.
   template <int64_t SIZE>
   void select(int64_t first, int64_t size, int64_t ahead, uint8_t* mask) const {
-    const int64_t end = first + size, bytes = 4 * x.quarter;
+    const int64_t end = first + size, top = x.planes == 4 ? 3 : 1;
     alignas(LINE) float gates[SIZE + 4] = {}, ups[SIZE + 4];
     for (int64_t n = 0; n < rows; ++n) {
       const auto products = [&](const uint8_t* codes, const float* scale, int64_t f, float* out) {
-        const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.quarter;
-        for (int64_t byte = 0; n == 0 && byte < bytes; byte += LINE) __builtin_prefetch(later + byte, 0, 2);
+        const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.bytes;
+        for (int64_t byte = 0; n == 0 && byte < 4 * x.bytes; byte += LINE) __builtin_prefetch(later + byte, 0, 2);
         int32_t dots[4];
-        code_dots(rows_from<4>(codes, x.quarter, f, end), x.row(n), x.quarter, x.plane, dots);
+        const auto rows_of = rows_from<4>(codes, x.bytes, f, end);
+        if (x.planes == 4) code_dots<4>(rows_of, x.row(n), x.bytes, x.plane, dots);
+        else code_dots<8>(rows_of, x.row(n), x.bytes, x.plane, dots);
         for (int m = 0; m < 4; ++m)
           out[f - first + m] =
-              static_cast<float>(2 * dots[m] - 3 * x.sums[n]) * x.step[n] * scale[std::min(f + m, end - 1)];
+              static_cast<float>(2 * dots[m] - top * x.sums[n]) * x.step[n] * scale[std::min(f + m, end - 1)];
       };
       for (int64_t f = first; f < end; f += 4) {
         products(gate_codes, gate_scale, f, gates);

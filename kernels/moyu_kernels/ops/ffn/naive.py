@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from .simulated import SCORES
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
@@ -36,6 +38,12 @@ PREDICTORS = {
     "lowrank": ("w1", "s1", "w2", "s2", "bias"),
     "lowbit": ("gate_codes", "gate_scale", "up_codes", "up_scale", "weight", "bias"),
 }
+# Those that no op computes yet (simulated.py): masks on a dense model only.
+SIMULATED = {
+    "signs": ("signs", "weight", "bias"),
+    "mlp": ("w1", "s1", "w2", "s2", "b1", "scale", "bias"),
+    "history": ("w1", "s1", "m1", "t1", "w2", "s2", "start", "decay", "bias"),
+}
 
 
 def predictor_family(predictor: list[Tensor]) -> str:
@@ -43,32 +51,47 @@ def predictor_family(predictor: list[Tensor]) -> str:
 
     Raises: ValueError where none has so many.
     """
-    for family, names in PREDICTORS.items():
+    families = PREDICTORS | SIMULATED
+    for family, names in families.items():
         if len(names) == len(predictor):
             return family
-    known = " or ".join(f"[{', '.join(names)}] ({family})" for family, names in PREDICTORS.items())
+    known = " or ".join(f"[{', '.join(names)}] ({family})" for family, names in families.items())
     raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: expected [] (none), {known}")
+
+
+def op_family(predictor: list[Tensor]) -> str:
+    """`predictor_family`, for the ops.
+
+    Raises: ValueError also for a family that no op computes.
+    """
+    family = predictor_family(predictor)
+    if family in SIMULATED:
+        raise ValueError(f"predictor {family!r} has no op; pass [] or one of {', '.join(PREDICTORS)}")
+    return family
 
 
 def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor], Tensor]) -> Tensor:
     """Score of each neuron; a neuron is selected where its score is above zero.
 
-    Args: x `[N, D]` model dtype; predictor the tensors of a family in `PREDICTORS`; act the FFN's activation, or what a
-        rule puts in its place.
-    Returns: `[N, F]` fp32.
+    Args: x `[..., D]` model dtype, for the family "history" `[..., T, D]` from the start of a sequence on; predictor
+        the tensors of a family in `PREDICTORS` or `SIMULATED`; act the FFN's activation, or what a rule puts there.
+    Returns: `[..., F]` fp32.
     """
-    if predictor_family(predictor) == "lowrank":
+    family = predictor_family(predictor)
+    if family == "lowbit":
+        return lowbit_scores(x, act, *predictor)
+    if family == "lowrank":
         return lowrank_scores(x, *predictor)
-    return lowbit_scores(x, act, *predictor)
+    return SCORES[family](x, *predictor)
 
 
 def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype that each tensor of a predictor must have for a block with D and F of `hidden` and `neurons`."""
     vector = ((neurons,), torch.float32)
-    if predictor_family(predictor) == "lowrank":
+    if op_family(predictor) == "lowrank":
         rank = len(predictor[0])
         return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
-    codes = ((neurons, -(-hidden // 4)), torch.uint8)
+    codes = ((neurons, -(-hidden * code_bits(predictor[0], hidden) // 8)), torch.uint8)
     return [codes, vector, codes, vector, vector, vector]
 
 
@@ -91,11 +114,12 @@ def lowbit_scores(
     weight: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """`score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias`: the FFN itself on 2-bit copies of its weights.
+    """`score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias`: the FFN on copies of its weights, 2 bits or 1.
 
     x8 is x rounded to int8 with a scale per row, so the products are sums of integers: exact, in any order.
 
-    Args: x `[N, D]`; codes `[F, ceil(D / 4)]` uint8 as `unpack_codes` reads them; scales, weight and bias `[F]` fp32.
+    Args: x `[N, D]`; codes `[F, ceil(D * bits / 8)]` uint8 as `unpack_codes` reads them; scales, weight and bias `[F]`
+        fp32.
     """
     top = x.float().abs().amax(-1, keepdim=True)
     x8 = torch.where(top > 1e-30, x.float() * (top.reciprocal() * 127), 0.0).round()
@@ -107,20 +131,32 @@ def lowbit_scores(
     return weight * (act(gate) * up).abs().sqrt() + bias
 
 
+def code_bits(codes: Tensor, columns: int) -> int:
+    """1 or 2, by the bytes of a row of codes; rows of up to 4 columns are always of 2-bit codes."""
+    return 2 if codes.shape[1] == -(-columns // 4) else 1
+
+
 def unpack_codes(codes: Tensor, columns: int) -> Tensor:
-    """fp32 `[F, D]` of -3, -1, 1 and 3 from 2-bit codes `[F, Q]` uint8, Q = ceil(D / 4).
+    """fp32 `[F, D]` of -3, -1, 1 and 3 from 2-bit codes, of -1 and 1 from 1-bit codes, `[F, Q]` uint8.
 
-    Bits 2k and 2k + 1 of byte j hold column k * Q + j: a vector of bytes then gives four runs of neighbouring columns.
+    With 2 bits Q = ceil(D / 4), and bits 2k and 2k + 1 of byte j hold column k * Q + j: a vector of bytes then gives
+    four runs of neighbouring columns. With 1 bit Q = ceil(D / 8), and bit k of byte j holds column k * Q + j.
     """
-    planes = [(codes >> 2 * k) & 3 for k in range(4)]
-    return (torch.cat(planes, dim=1)[:, :columns].to(torch.float32) * 2).sub_(3)
+    bits = code_bits(codes, columns)
+    top = 2**bits - 1
+    planes = [(codes >> bits * k) & top for k in range(8 // bits)]
+    return (torch.cat(planes, dim=1)[:, :columns].to(torch.float32) * 2).sub_(top)
 
 
-def pack_codes(levels: Tensor) -> Tensor:
-    """What `unpack_codes` undoes: levels `[F, D]` of -3, -1, 1 and 3; returns uint8 `[F, ceil(D / 4)]`."""
-    codes = functional.pad((levels + 3) / 2, (0, -levels.shape[1] % 4)).to(torch.uint8)
-    first, second, third, last = codes.chunk(4, dim=1)
-    return first | second << 2 | third << 4 | last << 6
+def pack_codes(levels: Tensor, bits: int = 2) -> Tensor:
+    """What `unpack_codes` undoes: levels `[F, D]` of -3, -1, 1 and 3, or -1 and 1; uint8 `[F, ceil(D * bits / 8)]`."""
+    count = 8 // bits
+    codes = functional.pad((levels + 2**bits - 1) / 2, (0, -levels.shape[1] % count)).to(torch.uint8)
+    planes = codes.chunk(count, dim=1)
+    packed = planes[0].clone()
+    for k, plane in enumerate(planes[1:], 1):
+        packed |= plane << bits * k
+    return packed
 
 
 def ruled_gate(rule: str, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor], threshold: Tensor) -> Tensor:
@@ -193,6 +229,7 @@ def gated_ffn(
     a, passed, kept = ruled_activation(x.float() @ gate.float().T, x.float() @ up.float().T, threshold, act, rule)
     selected = passed if rule != "threshold" else torch.ones_like(passed)
     if predictor:
+        op_family(predictor)
         function = ACTIVATIONS[act]
         selected = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold)) > 0
         kept = kept & selected

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..aot import Launch
-from .naive import ACTIVATIONS, PREDICTORS, predictor_family, predictor_shapes
+from .naive import ACTIVATIONS, PREDICTORS, code_bits, op_family, predictor_shapes
 from .triton_kernels import down_kernel, gate_up_kernel
 from .triton_select import hidden_kernel, round_kernel
 
@@ -38,8 +38,9 @@ def plan(
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of one call with their scratch, and the outputs y and counts that they fill."""
     (n, d), f = x.shape, gate.shape[0]
-    family = predictor_family(predictor) if predictor else None
-    r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, 4)
+    family = op_family(predictor) if predictor else None
+    planes = 8 // code_bits(predictor[0], d) if family == "lowbit" else 4
+    r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, planes)
     # About 256 blocks and 64 chains, whatever the model: enough programs for a large GPU, few partial sums.
     block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
     blocks = triton.cdiv(f, block)
@@ -72,8 +73,8 @@ def plan(
         launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), {"N": n, "COLUMNS": width}, options))
         score = (hidden, w2, s2, *(None,) * 8, bias)
     elif family == "lowbit":
-        rounded = empty(n, 4 * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
-        launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"COLUMNS": width}, options))
+        rounded = empty(n, planes * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
+        launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"PLANES": planes, "COLUMNS": width}, options))
         score = (None, None, None, *rounded, *predictor)
     constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns, "STEPS": steps}
     launches.append(
@@ -81,7 +82,7 @@ def plan(
             gate_up_kernel,
             (blocks,),
             (x, gate, up, threshold, *score, *lists, f, d, r, tiles),
-            {"ACT": act, **constants},
+            {"ACT": act, "PLANES": planes, **constants},
             options,
         )
     )
@@ -122,7 +123,7 @@ def _check(
         )
     if gate.dim() != 2 or 0 in gate.shape:
         raise ValueError(f"gate has shape {list(gate.shape)}: expected [F, D]")
-    names = PREDICTORS[predictor_family(predictor)] if predictor else ()
+    names = PREDICTORS[op_family(predictor)] if predictor else ()
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape

@@ -1,6 +1,7 @@
 """Device code of the predictors: which neurons a block needs, before any of their weights is read.
 
-Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor, Q bytes of a row of codes.
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor, Q bytes of a row of codes,
+PLANES of which are in a byte: 4 of 2 bits or 8 of 1.
 """
 # mypy: ignore-errors
 # Triton compiles these functions from their source: their arguments have no Python types.
@@ -60,14 +61,14 @@ def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLU
 
 
 @triton.jit
-def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, COLUMNS: tl.constexpr):
+def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
     """x rounded to int8 with a step per row, one row per program, as `naive.lowbit_scores` defines it.
 
-    x `[N, D]`. Out: x8 `[N, 4 * ceil(D / 4)]` int8, zero from column D on; step `[N]` fp32, NaN for a row that is not
-    finite; sums `[N]` int32 of x8.
+    x `[N, D]`; PLANES codes to a byte. Out: x8 `[N, PLANES * ceil(D / PLANES)]` int8, zero from column D on; step `[N]`
+    fp32, NaN for a row that is not finite; sums `[N]` int32 of x8.
     """
     n = tl.program_id(0).to(tl.int64)
-    width = tl.cdiv(D, 4) * 4
+    width = tl.cdiv(D, PLANES) * PLANES
     top = tl.zeros([COLUMNS], tl.float32)
     bad = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, D, COLUMNS):
@@ -91,32 +92,37 @@ def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _product(x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q, n, BLOCK: tl.constexpr, BYTES: tl.constexpr):
-    """`[BLOCK]` fp32: row n of x times the 2-bit weights of neurons `f`. The sums are of integers, in any order."""
+def _product(
+    x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q, n,
+    PLANES: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK]` fp32: row n of x times the weights of neurons `f`, PLANES to a byte. Sums are of integers."""
+    BITS: tl.constexpr = 8 // PLANES
+    TOP: tl.constexpr = (1 << BITS) - 1
     acc = tl.zeros([BLOCK, BYTES], tl.int32)
     for start in range(0, Q, BYTES):
         j = start + tl.arange(0, BYTES)[None, :]
         inside = (f[:, None] < F) & (j < Q)
         codes = tl.load(codes_ptr + f[:, None] * Q + j, mask=inside, other=0).to(tl.int32)
-        for k in tl.static_range(4):
-            x = tl.load(x8_ptr + (n * 4 + k) * Q + j + 0 * f[:, None], mask=inside, other=0).to(tl.int32)
-            acc += ((codes >> 2 * k) & 3) * x
-    dots = 2 * tl.sum(acc, 1) - 3 * tl.load(sums_ptr + n)
+        for k in tl.static_range(PLANES):
+            x = tl.load(x8_ptr + (n * PLANES + k) * Q + j + 0 * f[:, None], mask=inside, other=0).to(tl.int32)
+            acc += ((codes >> BITS * k) & TOP) * x
+    dots = 2 * tl.sum(acc, 1) - TOP * tl.load(sums_ptr + n)
     return dots.to(tl.float32) * tl.load(step_ptr + n) * tl.load(scale_ptr + f, mask=f < F, other=0.0)
 
 
 @triton.jit
 def select_lowbit(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
-    f, F, Q, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    f, F, Q, PLANES: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
     weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
     wanted = tl.zeros([BLOCK], tl.int32)
     for n in tl.static_range(N):
-        g = _product(x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, n, BLOCK, BYTES)
-        u = _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, BLOCK, BYTES)
+        g = _product(x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
+        u = _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
         score = weight * tl.sqrt_rn(tl.abs(activate(g, ACT) * u)) + bias
         wanted |= (score > 0).to(tl.int32) << n
     return tl.where(f < F, wanted, 0)

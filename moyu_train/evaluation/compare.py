@@ -1,0 +1,282 @@
+"""Predictor families side by side on one model: fitted in one pass over text, judged in the loop on held-out text."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import astuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from moyu_kernels.ops.ffn.naive import SIMULATED
+from moyu_kernels.rules import Rule
+from torch import Tensor
+
+from moyu_train.analysis.histogram import Histogram
+from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import Counts, SparseMasks, bytes_skipped
+from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.models.blocks import FFNBlock, device_of, ffn_bytes, ffn_sha256, find_blocks
+from moyu_train.models.loading import load_dense
+from moyu_train.models.masking import InputMasks, Masking
+from moyu_train.models.state import stored_bytes
+from moyu_train.predictors import PREDICTORS
+from moyu_train.progress import track
+from moyu_train.registry import resolve
+from moyu_train.settings import Method
+from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.inputs import input_rules
+from moyu_train.training.loop import SCORES
+from moyu_train.training.stages import read, sparsifier_of
+
+if TYPE_CHECKING:
+    from moyu_train.pipeline import Run
+
+HALVINGS, SAMPLES = 30, 2000
+Predictors = list[dict[str, Tensor]]  # storage form, one a layer
+
+
+class Several:
+    """Predictors of many families for one layer, for `PredictorTrainer` to fit in one pass.
+
+    methods: (class, options) of each; `solve` gives the storage forms in that order.
+    """
+
+    name = "several"
+
+    def __init__(self, methods: list[tuple[Any, Any]], block: FFNBlock, device: torch.device) -> None:
+        self.predictors = [cls(options, block, device) for cls, options in methods]
+        self.in_step = any(predictor.in_step for predictor in self.predictors)
+
+    def observe(self, x: Tensor, contribution: Tensor, kept: Tensor) -> None:
+        for predictor in self.predictors:
+            predictor.observe(x, contribution, kept)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": t for i, p in enumerate(self.predictors) for name, t in p.state().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for i, predictor in enumerate(self.predictors):
+            predictor.load({name: state[f"{i}.{name}"] for name in predictor.state()})
+
+    def gather(self) -> None:
+        for predictor in self.predictors:
+            predictor.gather()
+
+    def solve(self) -> list[dict[str, Tensor]]:
+        return [predictor.solve() for predictor in self.predictors]
+
+
+class Cuts:
+    """Where to cut each layer's scores so that about so many bytes are skipped, from one pass under the rule mask.
+
+    Every layer selects the same share of its neurons. How many of those the rule keeps is counted in that pass, so that
+    the share for a target needs no other one; under the predicted masks it comes out a little different.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.all, self.kept = Histogram(layers, -SCORES, SCORES), Histogram(layers, -SCORES, SCORES)
+
+    def add(self, layer: int, scores: Tensor, kept: Tensor) -> None:
+        """scores fp32 and kept bool `[..., F]`."""
+        self.all.add(layer, scores)
+        self.kept.add(layer, scores[kept])
+
+    def find(self, blocks: list[FFNBlock], predictors: Predictors, target: float, itemsize: int) -> list[float]:
+        """The cuts for a share `target` of bytes skipped.
+
+        Raises: MoyuError where even a single selected neuron in a hundred reads more.
+        """
+
+        def skipped(share: float) -> float:
+            counts = Counts.zeros(len(blocks))
+            for layer, (block, level) in enumerate(zip(blocks, self.all.levels(share), strict=True)):
+                above = int((level - self.all.low) / self.all.step)
+                tokens = self.all.counts[layer].sum() / block.neurons
+                counts.tokens[layer], counts.selected[layer] = tokens, share * tokens * block.neurons
+                counts.kept[layer] = self.kept.counts[layer, above:].sum()
+            return bytes_skipped(blocks, counts, predictors, itemsize)
+
+        low, high = 0.01, 0.99
+        if skipped(low) < target:
+            raise MoyuError(
+                f"compare.bytes_skipped {target} cannot be reached: {skipped(low):.3f} is skipped with 1 % of the "
+                "neurons selected; lower it, or make the predictors smaller"
+            )
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if skipped(middle) < target else (middle, high)
+        return self.all.levels(low)
+
+
+@torch.no_grad()
+def find_cuts(
+    model: Any, rules: list[Rule], fitted: list[Predictors], documents: Documents, inputs: dict[str, Rule]
+) -> list[Cuts]:
+    """One `Cuts` for each family's predictors, all from one pass over the documents."""
+    blocks = find_blocks(model)
+    cuts = [Cuts(len(blocks)) for _ in fitted]
+
+    def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
+        mask = rules[layer].mask(a, expert) & (a != 0)
+        for found, predictors in zip(cuts, fitted, strict=True):
+            found.add(layer, masking.scores(layer, predictors[layer]).view_as(a), mask)
+        return mask
+
+    masking = Masking(blocks, keep, inputs=True, rules=rules)
+    with InputMasks(model, inputs), masking:
+        for _, ids in track(documents.windows(1024), "compare: scores under the rule"):
+            model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+    return cuts
+
+
+def scored(model: Any, masks: SparseMasks, documents: Documents, window: int, what: str) -> tuple[Scores, list[Counts]]:
+    """Scores, and the counts of each document by itself."""
+    nll: list[float] = []
+    tokens: list[int] = []
+    counts = [copy.deepcopy(masks.counts)]
+    for document in documents.tokens:
+        found = score(model, Documents([document]), window, what)
+        nll, tokens = nll + found.nll, tokens + found.tokens
+        counts.append(copy.deepcopy(masks.counts))
+    parts = [
+        Counts(*(b - a for a, b in zip(astuple(before), astuple(after), strict=True)))
+        for before, after in pairwise(counts)
+    ]
+    return Scores(nll, tokens), parts
+
+
+def mass_gains(parts: list[Counts], others: list[Counts]) -> list[dict[str, float]]:
+    """Per layer the contribution kept, of what the rule keeps, less that of others on the same documents, and its 95 %
+    interval (paired bootstrap over documents)."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(parts), (SAMPLES, len(parts)), generator=generator)
+    shares = []
+    for counts in (parts, others):
+        kept, rule = (torch.stack([getattr(c, name) for c in counts]) for name in ("mass_kept", "mass_rule"))
+        whole = torch.arange(len(parts))[None]
+        shares.append([kept[p].sum(1) / rule[p].sum(1) for p in (whole, picks)])  # [1, L], [SAMPLES, L]
+    (own, own_samples), (other, other_samples) = shares
+    low, high = torch.quantile(own_samples - other_samples, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    rows = zip((own - other)[0].tolist(), low.tolist(), high.tolist(), strict=True)
+    return [{"gain": gain, "low": a, "high": b} for gain, a, b in rows]
+
+
+def compare_predictors(run: "Run") -> dict[str, Any]:
+    """Rows of `compare` of the recipe, on the fine-tuned model or the dense one.
+
+    `rows` are family and operating point: recall and precision by count and contribution kept (of what the rule keeps),
+    means over layers; bytes skipped, null where no op computes the family ("simulated"); perplexity over that of the
+    oracle at the same density and over the untouched dense model. `points` tells the rest of each, in the same order.
+    """
+    recipe, settings = run.recipe, run.recipe.compare
+    tuned = settings.model == "finetuned"
+    stage = "finetune" if tuned else "calibrate"
+    run.figures(stage)
+    documents, window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
+    dense = score(run.dense(), documents, window, "compare: dense").perplexity
+    model = load_dense(run.stage_folder(stage) / "model") if tuned else run.dense()
+    thresholds, _ = read(run.stage_folder(stage))
+    sparsifier, inputs = sparsifier_of(recipe, thresholds), input_rules(run, stage)
+    methods = [resolve("compare.predictors", method, PREDICTORS) for method in settings.predictors]
+    fitted = _fit(run, model, sparsifier, methods, stage, inputs)
+    cuts = find_cuts(model, sparsifier.rules, fitted, run.validation.first(recipe.calibrate.tokens), inputs)
+    judge = Judge(model, sparsifier.rules, inputs, documents, window, getattr(torch, recipe.export.dtype).itemsize)
+    rows, points = [], []
+    for target in settings.bytes_skipped:
+        first: list[Counts] = []
+        for method, (cls, _), predictors, found in zip(settings.predictors, methods, fitted, cuts, strict=True):
+            levels = found.find(judge.blocks, predictors, target, judge.itemsize)
+            row, point, parts = judge.point(predictors, levels, cls.form, f"{label(method)} at {target:.0%}")
+            first = first or parts
+            rows.append({"family": label(method), **row, "ppl_over_dense": point["ppl"] / dense})
+            points.append({"target": target, **point, "mass_gain_on_first": mass_gains(parts, first)})
+    return {
+        "rows": rows,
+        "points": points,
+        "ppl": {"dense": dense, "rule": judge.rule.perplexity},
+        "model": settings.model,
+        "ffn_sha256": ffn_sha256(model),
+        "dtype": recipe.export.dtype,
+        "fit_tokens": _windows(run).numel(),
+        "tokens": documents.total,
+        "documents": len(documents.tokens),
+        "test": recipe.data.test.rpartition("/")[2],
+    }
+
+
+def _windows(run: "Run") -> Tensor:
+    fit = run.recipe.fit
+    return run.train.packed(fit.window, run.recipe.seed + 1)[: max(fit.tokens // fit.window, 1)]
+
+
+def _fit(
+    run: "Run", model: Any, sparsifier: Any, methods: list[tuple[Any, Any]], stage: str, inputs: dict[str, Rule]
+) -> list[Predictors]:
+    digest = run.recipe.digest("compare", "fit", "data", "seed")[:12]
+    folder = run.folder / "compare-predictors" / f"{digest}-{run.key(stage)[:12]}"  # resumes what it was broken off in
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = PredictorTrainer(model, sparsifier, Several, methods, folder)
+    with InputMasks(model, inputs):
+        layers: list[Any] = trainer.fit(_windows(run), run.recipe.fit.save_every)
+    return [[layer[i] for layer in layers] for i in range(len(methods))]
+
+
+class Judge:
+    """Scores predictors in the loop, all on the same documents; `rule` is the score of the exact rule mask."""
+
+    def __init__(
+        self,
+        model: Any,
+        rules: list[Rule],
+        inputs: dict[str, Rule],
+        documents: Documents,
+        window: int,
+        itemsize: int,
+    ) -> None:
+        self.model, self.rules, self.inputs = model, rules, inputs
+        self.documents, self.window, self.itemsize = documents, window, itemsize
+        self.blocks = find_blocks(model)
+        self.ffn = sum(ffn_bytes(block, itemsize) for block in self.blocks)
+        with SparseMasks(model, rules, None, inputs=inputs):
+            self.rule = score(model, documents, window, "compare: rule mask")
+
+    def point(
+        self, predictors: Predictors, cuts: list[float], form: str, what: str
+    ) -> tuple[dict[str, Any], dict[str, Any], list[Counts]]:
+        """The row of an operating point but for `family` and `ppl_over_dense`, what is told beside it, and the counts
+        of each document."""
+        arguments = (self.model, self.rules, predictors, cuts)
+        with SparseMasks(*arguments, inputs=self.inputs) as masks:
+            sparse, parts = scored(self.model, masks, self.documents, self.window, f"compare: {what}")
+        with SparseMasks(*arguments, oracle=True, inputs=self.inputs):
+            oracle = score(self.model, self.documents, self.window, f"compare: {what}, oracle").perplexity
+        layers = masks.per_layer()
+        skipped = bytes_skipped(self.blocks, masks.counts, predictors, self.itemsize)
+        simulated = form in SIMULATED or self.rules[0].op is None
+        row = {
+            "bytes_share": sum(map(stored_bytes, predictors)) / self.ffn,
+            **{name: mean(layers, name) for name in ("recall", "precision", "mass_kept")},
+            "bytes_skipped": None if simulated else skipped,
+            "ppl_over_oracle": sparse.perplexity / oracle,
+        }
+        point = {
+            "simulated": simulated,
+            "would_skip": skipped,
+            "selected": mean(layers, "selected"),
+            "ppl": sparse.perplexity,
+            "ppl_oracle": oracle,
+            "ppl_over_rule": sparse.perplexity / self.rule.perplexity,
+            "ppl_over_rule_interval": ratio_interval(sparse, self.rule),
+            "layers": layers,
+        }
+        return row, point, parts
+
+
+def label(method: Method) -> str:
+    """A family's name with the options that were given: `history rank=113 decay=0.5`."""
+    return " ".join([method.name, *(f"{name}={value}" for name, value in method.options.items())])
+
+
+def mean(layers: Sequence[dict[str, Any]], name: str) -> float:
+    return float(sum(layer[name] for layer in layers) / len(layers))
