@@ -21,7 +21,6 @@ from transformers import StaticCache
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import row_bytes
-from moyu_train.evaluation.stage import model_itemsize
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
@@ -106,7 +105,6 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
             f"the held-out text has {len(text)} tokens in its first document, bench needs {need}; lower "
             "bench.contexts or bench.new_tokens"
         )
-    itemsize = model_itemsize(folder)
     started = time.monotonic()
     sparse = moyu_kernels.from_pretrained(folder)
     if not any(isinstance(module, moyu_kernels.SparseGatedFFN) for module in sparse.modules()):
@@ -114,13 +112,13 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     load_seconds = time.monotonic() - started
     dense = load_dense(folder, sparse.dtype)
     dense_runner = load_dense(folder, sparse.dtype)  # the runner swaps linear layers and attention, stock must not
-    blocks = find_blocks(dense)
     buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
         for context in settings.contexts:
-            rows += _bench_context(sparse, dense, dense_runner, blocks, itemsize, text, context, settings, buffer)
+            decoders = make_decoders(sparse, dense, dense_runner, context + settings.new_tokens + 1, settings)
+            rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()
@@ -129,18 +127,11 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
 
 
-def _bench_context(
-    sparse: Any,
-    dense: Any,
-    dense_runner: Any,
-    blocks: list[FFNBlock],
-    itemsize: int,
-    text: Tensor,
-    context: int,
-    settings: Bench,
-    buffer: Tensor,
-) -> list[dict[str, Any]]:
-    length, threads = context + settings.new_tokens + 1, max(settings.threads)
+def make_decoders(
+    sparse: Any, dense: Any, dense_runner: Any, length: int, settings: Bench
+) -> dict[tuple[str, int], Decoder]:
+    """Decoders for `length` tokens by (setting, threads); the runners get the most threads."""
+    threads = max(settings.threads)
     decoders: dict[tuple[str, int], Decoder] = {}
     for count in settings.threads:
         decoders["dense_eager", count] = StockDecoder(dense, length, compiled=False)
@@ -148,6 +139,24 @@ def _bench_context(
             decoders["dense_compiled", count] = StockDecoder(dense, length, compiled=True)
     decoders["dense_runner", threads] = moyu_kernels.Runner(dense_runner, max_length=length)
     decoders["sparse", threads] = moyu_kernels.Runner(sparse, max_length=length)
+    return decoders
+
+
+def time_decoders(
+    decoders: dict[tuple[str, int], Decoder],
+    sparse: Any,
+    dense: Any,
+    text: Tensor,
+    context: int,
+    settings: Bench,
+    buffer: Tensor,
+) -> list[dict[str, Any]]:
+    """Rows of all decoders from `context` on, round by round with a reading of the bandwidth.
+
+    Args: text: int64 token ids; buffer: int32 of 1 GiB or more, for the bandwidth.
+    Raises: MoyuError for a share of the bandwidth that cannot be.
+    """
+    threads, blocks, itemsize = max(settings.threads), find_blocks(dense), dense.dtype.itemsize
     first: dict[tuple[str, int], float] = {}
     for key, decoder in track(list(decoders.items()), f"bench: prefill and warm up at {context}"):
         torch.set_num_threads(key[1])
@@ -197,6 +206,7 @@ def _bench_context(
                 "bandwidth_gb_s": statistics.median(bandwidth),
                 "bandwidth_share": share,
                 "bytes_skipped": 1 - read / ffn_dense if name == "sparse" else 0.0,
+                "density": moyu_kernels.density(sparse)[1] if name == "sparse" else 1.0,
             }
         )
     return rows

@@ -38,7 +38,11 @@ class Counts:
 
 def row_bytes(block: FFNBlock, itemsize: int) -> int:
     """Bytes fetched for one neuron's row of one matrix, in whole cache lines (rows start where the last one ends)."""
-    size = block.hidden * itemsize
+    return line_bytes(block.hidden * itemsize)
+
+
+def line_bytes(size: int) -> int:
+    """Bytes of the cache lines that a row of `size` bytes touches, where rows start where the last one ends."""
     return size if size % LINE == 0 else (math.ceil(size / LINE) + 1) * LINE
 
 
