@@ -10,7 +10,7 @@ from moyu_kernels.ops.ffn import naive
 
 from moyu_train.cli import main
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation import bench, bench_ops, shapes
+from moyu_train.evaluation import bench, bench_cases, bench_ops, shapes
 from moyu_train.evaluation.bench_rows import check_shares, make_row, plot, tables
 from moyu_train.evaluation.shapes import Shape
 
@@ -25,7 +25,7 @@ TINY = Shape(64, 192, 3, 4, 2, 128, True, built=2)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny shape, a small cache, and a bandwidth that no timing here can reach."""
     monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", TINY)
-    monkeypatch.setattr(bench_ops, "cache_bytes", lambda: 2**18)
+    monkeypatch.setattr(bench_cases, "cache_bytes", lambda: 2**18)
     monkeypatch.setattr(bench_ops, "TURN", 1e-4)
     for module in (bench_ops.cpu, bench):
         monkeypatch.setattr(module, "read_bandwidth", lambda buffer: 1e4)
@@ -64,14 +64,17 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for batch, masks in ((1, "independent"), (4, "independent"), (4, "identical"))
     }
     for row in rows:
-        size = 3 * 64 * 192 * (4 if row["dtype"] == "float32" else 2)
+        size = (1 if "linear" in row["op"] else 3) * 64 * 192 * (4 if row["dtype"] == "float32" else 2)
+        size *= 3 if row["op"] == "ffn_linears" else 1
         assert row["limit_speedup"] == pytest.approx(size / row["bytes"], rel=1e-4)
         if row["density"] == 1.0:
             assert row["bytes"] == size
         elif row["op"] == "ffn_gate_threshold":
             assert row["bytes"] == pytest.approx(size * (1 + 2 * row["union_density"]) / 3 + 4 * 192, rel=1e-4)
-        elif row["op"] == "ffn_threshold":
+        elif row["op"] in ("ffn_threshold", "ffn_topk"):
             assert row["bytes"] == pytest.approx(size * (2 + row["union_density"]) / 3 + 4 * 192, rel=1e-4)
+        elif row["op"] == "sparse_linear":
+            assert row["bytes"] == pytest.approx(size * row["union_density"] + 4 * 64, rel=1e-4)
         elif row["op"] == "ffn_lowbit":
             predictor = 2 * 192 * 16 + 4 * 4 * 192
             assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=1e-4)
@@ -80,21 +83,25 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         elif row["density"] < 1:
             assert row["union_density"] > row["density"]
     sparse = [row for row in rows if row["density"] < 1]
-    assert {row["op"] for row in sparse} == {"ffn_threshold", "ffn_gate_threshold", "ffn_lowrank", "ffn_lowbit"}
+    names = {row["op"].removeprefix("ffn_") for row in sparse}
+    assert names == {*bench_cases.RULES, *bench_cases.FAMILIES, "sparse_linear"}
     assert all(min(abs(row["density"] - d) for d in (0.1, 0.5)) < 0.01 for row in sparse)
     assert "D 64, F 192, bfloat16, batch 4" in capsys.readouterr().out
 
 
 def test_the_timed_calls_skip_what_the_rows_say() -> None:
     """The ops' own counts on the inputs of a case, against what its bytes are computed from."""
-    x = torch.randn(bench_ops.INPUTS * 3, 64, generator=torch.Generator().manual_seed(0))
-    weights = bench_ops.Weights(TINY, torch.float32)
-    case = bench_ops.Case(weights, x, 0.2, (1,))
+    x = torch.randn(bench_cases.INPUTS * 3, 64, generator=torch.Generator().manual_seed(0))
+    weights = bench_cases.Weights(TINY, torch.float32)
+    case = bench_cases.Case(weights, x, 0.2, (1,))
     for setting in case.sparse():
-        counts = torch.cat([setting.call(weights.count - 1, i)[1] for i in range(bench_ops.INPUTS)])
+        counts = torch.cat([setting.call(weights.count - 1, i)[1] for i in range(bench_cases.INPUTS)])
         assert (counts[:, 1] / 192).mean() == pytest.approx(setting.density, abs=2e-3)
         assert setting.density == pytest.approx(0.2, abs=5e-3)
         assert setting.union > 0.3
+    _, linear = case.linear()
+    counts = torch.cat([linear.call(0, i)[1] for i in range(bench_cases.INPUTS)])
+    assert (counts / 64).mean() == pytest.approx(linear.density, abs=1e-6)
     x = case.calls[0]
     expected, _ = naive.gated_ffn(x, *weights[0], torch.zeros(192), "silu", [])
     y, _ = case.dense()[-1].call(0, 0)
@@ -102,9 +109,9 @@ def test_the_timed_calls_skip_what_the_rows_say() -> None:
 
 
 def test_cold_weights() -> None:
-    weights = bench_ops.Weights(TINY, torch.bfloat16)
+    weights = bench_cases.Weights(TINY, torch.bfloat16)
     assert weights.count * weights.bytes >= 8 * 2**18
-    assert weights.count % bench_ops.INPUTS
+    assert weights.count % bench_cases.INPUTS
     assert torch.equal(weights[0][1], weights[weights.count - 1][1])
     assert weights[0][1].data_ptr() != weights[1][1].data_ptr()
 
@@ -157,6 +164,6 @@ def test_refusals(options: list[str], message: str, capsys: pytest.CaptureFixtur
 
 
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_ops, "cache_bytes", lambda: 2**50)
+    monkeypatch.setattr(bench_cases, "cache_bytes", lambda: 2**50)
     with pytest.raises(MoyuError, match="copies of the weights, 8 times the last-level cache"):
-        bench_ops.Weights(TINY, torch.float32)
+        bench_cases.Weights(TINY, torch.float32)

@@ -62,13 +62,17 @@ class Rule:
     @property
     def op(self) -> str | None:
         """The name under which the ops compute this rule, in a gated FFN, and skip what it drops; None: simulated."""
-        if (self.gate, self.up, self.keep) == ("stock", "stock", "threshold"):
-            return "threshold"
+        if (self.gate, self.up) == ("stock", "stock") and self.keep != "nonzero":
+            return self.keep
         if self.keep != "nonzero" or self.gate == "stock":
             return None
         if self.up == "relu":
             return "drelu" if self.gate == "relu" else None
         return self._gate_name
+
+    def count(self, neurons: int) -> int:
+        """Neurons that "topk" keeps of `neurons`, ties aside."""
+        return max(round(self.share * neurons), 1)
 
     @property
     def op_threshold(self) -> Tensor:
@@ -107,7 +111,7 @@ class Rule:
         if self.keep == "threshold":
             return a.abs() >= threshold
         ratio = a.detach().abs() / threshold
-        least = ratio.topk(max(round(self.share * a.shape[-1]), 1), dim=-1).values[..., -1:]
+        least = ratio.topk(self.count(a.shape[-1]), dim=-1).values[..., -1:]
         return ratio >= least
 
 

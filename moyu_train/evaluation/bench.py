@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import moyu_kernels
 import torch
+from moyu_kernels.inputs import SparseLinear
+from moyu_kernels.modules import SparseModule
 from moyu_kernels.ops.cpu import read_bandwidth
 from torch import Tensor
 from transformers import StaticCache
 
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import row_bytes
+from moyu_train.evaluation.inloop import line_bytes, row_bytes
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
@@ -79,18 +81,32 @@ def bytes_per_token(model: Any, context: int) -> tuple[int, int]:
     return weights, 2 * config.num_hidden_layers * heads * size * context * model.dtype.itemsize
 
 
+def stored_size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def ffn_read(model: Any, blocks: list[FFNBlock], itemsize: int) -> tuple[float, float]:
     """(bytes read, bytes dense) of all FFNs per decoded token, from the counters of the sparse modules."""
     read = dense = 0.0
     for block in blocks:
         module = model.get_submodule(block.path)
         tokens, selected, kept = module.counts.tolist()
-        state = [module.threshold, *module.predictor]
         gates = selected if module.mode == "predicted" else tokens * module.neurons
         read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
-        read += sum(t.numel() * t.element_size() for t in state)
+        read += stored_size([module.threshold, *module.predictor])
         dense += 3 * block.neurons * block.hidden * itemsize
     return read, dense
+
+
+def inputs_skipped(model: Any, itemsize: int) -> float:
+    """Bytes that linear layers with sparse inputs do not read per decoded token, from their counters."""
+    skipped = 0.0
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            tokens, kept = layer.counts.tolist()
+            skipped += layer.in_features * layer.out_features * itemsize - stored_size([layer.threshold])
+            skipped -= line_bytes(layer.out_features * itemsize) * kept / tokens
+    return skipped
 
 
 def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, Any]:
@@ -165,8 +181,9 @@ def time_decoders(
         first[key] = time.perf_counter() - started
         for offset in range(3):  # compiles
             decoder.step(text[None, context + offset : context + offset + 1])
-    for block in blocks:
-        sparse.get_submodule(block.path).counts.zero_()
+    for module in sparse.modules():
+        if isinstance(module, SparseModule):
+            module.counts.zero_()
     times: dict[tuple[str, int], list[float]] = {key: [] for key in decoders}
     bandwidth: list[float] = []
     for _ in track(range(settings.rounds), f"bench: decode at {context}"):
@@ -183,7 +200,7 @@ def time_decoders(
     read, ffn_dense = ffn_read(sparse, blocks, itemsize)
     rows = []
     for (name, count), seconds in times.items():
-        moved = weights + cache - (ffn_dense - read if name == "sparse" else 0)
+        moved = weights + cache - (ffn_dense - read + inputs_skipped(sparse, itemsize) if name == "sparse" else 0)
         rate = moved / statistics.median(seconds) / 1e9
         share = rate / statistics.median(bandwidth)
         if share > 1.02:

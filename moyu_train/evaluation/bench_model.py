@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moyu_train.checkpoints.folder import bench_folder
 from moyu_train.evaluation.bench import make_decoders, time_decoders
-from moyu_train.evaluation.bench_ops import random_predictor
+from moyu_train.evaluation.bench_cases import random_predictor
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
 from moyu_train.models.blocks import find_blocks

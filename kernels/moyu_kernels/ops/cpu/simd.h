@@ -155,6 +155,14 @@ inline void fetch_step(const Rows<W, M>& rows, int64_t i) {
       __builtin_prefetch(reinterpret_cast<const char*>(rows.row[m] + i) + byte, 0, 2);
 }
 
+// Whole rows of d elements.
+template <class W, int M>
+inline void fetch_rows(const Rows<W, M>& rows, int64_t d) {
+  for (int m = 0; m < M; ++m)
+    for (int64_t byte = 0; byte < d * static_cast<int64_t>(sizeof(W)); byte += LINE)
+      __builtin_prefetch(reinterpret_cast<const char*>(rows.row[m]) + byte, 0, 2);
+}
+
 // out[m][r] = dot(w.row[m], x[r]) over d elements; fetches the rows `ahead` while it works.
 // x: fp32 in the order of `place`, row stride `stride`, zero-padded to whole steps.
 template <int R, class W, int M, int A>
