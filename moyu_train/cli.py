@@ -90,7 +90,9 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _refuse_bench_options(known: argparse.Namespace) -> None:
-    for name in ("folder", "shape", "dtypes", "densities", "batches", "threads", "rounds", "quick"):
+    if known.folder:
+        raise MoyuError(f"a second name, {known.folder!r}, goes with `bench model` alone")
+    for name in ("shape", "dtypes", "densities", "batches", "threads", "rounds", "quick"):
         if getattr(known, name):
             raise MoyuError(
                 f"--{name} is an option of `bench ops` and `bench model`; a recipe's are set as --bench.rounds 7"

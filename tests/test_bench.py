@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.ops.ffn import naive
 
 from moyu_train.cli import main
@@ -66,18 +67,18 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         size = (1 if "linear" in row["op"] else 3) * 64 * 192 * (4 if row["dtype"] == "float32" else 2)
         size *= 3 if row["op"] == "ffn_linears" else 1
-        assert row["limit_speedup"] == pytest.approx(size / row["bytes"], rel=1e-4)
+        assert row["limit_speedup"] == pytest.approx(size / row["bytes"], rel=2e-3)
         if row["density"] == 1.0:
             assert row["bytes"] == size
         elif row["op"] == "ffn_gate_threshold":
-            assert row["bytes"] == pytest.approx(size * (1 + 2 * row["union_density"]) / 3 + 4 * 192, rel=1e-4)
+            assert row["bytes"] == pytest.approx(size * (1 + 2 * row["union_density"]) / 3 + 4 * 192, rel=2e-3)
         elif row["op"] in ("ffn_threshold", "ffn_topk"):
-            assert row["bytes"] == pytest.approx(size * (2 + row["union_density"]) / 3 + 4 * 192, rel=1e-4)
+            assert row["bytes"] == pytest.approx(size * (2 + row["union_density"]) / 3 + 4 * 192, rel=2e-3)
         elif row["op"] == "sparse_linear":
-            assert row["bytes"] == pytest.approx(size * row["union_density"] + 4 * 64, rel=1e-4)
+            assert row["bytes"] == pytest.approx(size * row["union_density"] + 4 * 64, rel=2e-3)
         elif row["op"] == "ffn_lowbit":
             predictor = 2 * 192 * 16 + 4 * 4 * 192
-            assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=1e-4)
+            assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=2e-3)
         if row["batch"] == 1 or row["masks"] == "identical":
             assert row["union_density"] == pytest.approx(row["density"])
         elif row["density"] < 1:
@@ -114,6 +115,15 @@ def test_cold_weights() -> None:
     assert weights.count % bench_cases.INPUTS
     assert torch.equal(weights[0][1], weights[weights.count - 1][1])
     assert weights[0][1].data_ptr() != weights[1][1].data_ptr()
+
+
+def test_bytes_of_sparse_inputs() -> None:
+    layer = SparseLinear(torch.nn.Linear(64, 192, dtype=torch.bfloat16), torch.full((64,), 0.5))
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    layer(x)
+    kept = (x.abs() >= 0.5).sum().item() / 4
+    skipped = bench.inputs_skipped(torch.nn.Sequential(layer, torch.nn.Linear(4, 4)), 2)
+    assert skipped == pytest.approx(192 * 2 * (64 - kept) - 64 * 4)
 
 
 def test_model_of_a_shape(tmp_path: Path) -> None:

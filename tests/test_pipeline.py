@@ -287,6 +287,12 @@ def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:
         str(tmp_path / "b.json"),
     )
     assert json.loads((tmp_path / "b.json").read_text())["rows"]
+    short = ["--data.test", text, "--bench.contexts", "[8]", "--bench.new_tokens", "3", "--quick", "--threads", "1"]
+    moyu("bench", "model", folder, *short, "--json", str(tmp_path / "m.json"))
+    rows = json.loads((tmp_path / "m.json").read_text())
+    assert [row["op"] for row in rows] == ["decode_dense_eager", "decode_dense_runner", "decode_sparse"]
+    assert (rows[2]["D"], rows[2]["F"], rows[2]["dtype"], rows[2]["layers"]) == (32, 96, "float32", 2)
+    assert 0 < rows[2]["density"] < 1 < rows[2]["limit_speedup"]
     generated = moyu(
         "generate", folder, "--prompt", "the cat", "--max-new-tokens", "8", "--json", str(tmp_path / "g.json")
     )

@@ -36,10 +36,12 @@ def bench_ops_or_model(known: argparse.Namespace, rest: list[str]) -> None:
         name = known.shape or "smollm2-135m"
         rows = bench_ops(name, SHAPES[name], dtypes, densities, settings["batches"], rounds, threads)
     else:
-        bench = Bench(rounds=rounds, threads=tuple(threads), compiled=not known.quick)
+        changes = {"rounds": rounds, "threads": tuple(threads)} | ({"compiled": False} if known.quick else {})
         if known.folder:
-            rows = bench_folder_rows(Path(known.folder), load_recipe(known.folder, rest), bench)
+            recipe = load_recipe(known.folder, rest)
+            rows = bench_folder_rows(Path(known.folder), recipe, (recipe.bench or Bench()).model_copy(update=changes))
         else:
+            bench = Bench().model_copy(update=changes)
             rows = bench_shape_rows(known.shape, SHAPES[known.shape], dtypes, densities, bench)
     for table in tables(rows):
         console.print(table)

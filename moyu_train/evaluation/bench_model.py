@@ -39,6 +39,8 @@ def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dic
         "layers_of_model": len(blocks),
         "shape": folder.name,
         "weights": str(folder),
+        "load_seconds": found["load_seconds"],
+        "peak_memory_bytes": found["peak_memory_bytes"],
         "load_average": load_average,
     }
     return [row | described for row in decode_rows(found["rows"], settings)]
