@@ -9,7 +9,7 @@
 namespace moyu {
 
 constexpr int64_t BLOCK = 128;  // most neurons of one range
-constexpr int GROUP = 8;        // rows added in one pass over the accumulator
+constexpr int GROUP = 8;        // most rows added in one pass over the accumulator, as `RowSums` has it
 
 // The neurons of one range that some row uses: bit n of mask[j] stands for row n, list holds the j with any bit set.
 struct Selection {
@@ -41,12 +41,12 @@ struct Selection {
   }
 };
 
-// Adds the kept rows to the partial sums [rows, stride] of their ranges, a few at a time, oldest first: meanwhile they
-// are on their way from memory.
+// Adds the kept rows to the partial sums [rows, stride] of their ranges, a few at a time, oldest first: meanwhile the
+// others are on their way from memory, which is up to the caller or, with `fetch`, done here.
 template <class W>
 class RowSums {
  public:
-  RowSums(int64_t rows, int64_t stride, int64_t d) : rows_(rows), stride_(stride), d_(d) {}
+  RowSums(int64_t rows, int64_t stride, int64_t d, bool fetch) : rows_(rows), stride_(stride), d_(d), fetch_(fetch) {}
 
   // The row that was pushed `back` pushes ago and is not added yet; `otherwise` where there is none.
   const W* pending(int64_t back, const W* otherwise) const {
@@ -76,26 +76,39 @@ class RowSums {
     float* partial = partial_[begin_ % SIZE];
     int64_t last = begin_ + 1;
     while (last < end_ && last < begin_ + GROUP && partial_[last % SIZE] == partial) ++last;
+    Rows<W, GROUP> ahead;
+    for (int m = 0; m < GROUP; ++m) ahead.row[m] = row_[std::min(last + m, end_ - 1) % SIZE];
+    bool fetch = fetch_;
     for (int64_t n = 0; n < rows_; ++n) {
-      Rows<W, GROUP> w;
+      const W* row[GROUP];
       float a[GROUP];
-      int taken = 0;
+      int taken = 0, added = 0;
       for (int64_t k = begin_; k < last; ++k) {
         if (!((mask_[k % SIZE] >> n) & 1)) continue;
-        w.row[taken] = row_[k % SIZE];
+        row[taken] = row_[k % SIZE];
         a[taken++] = a_[k % SIZE][n];
       }
-      float* acc = partial + n * stride_;
-      if (taken == GROUP) {
-        add_rows(acc, a, w, d_);
-      } else {
-        for (int k = 0; k < taken; ++k) add_rows(acc, a + k, Rows<W, 1>{{w.row[k]}}, d_);
-      }
+      const auto add = [&](auto size) {
+        Rows<W, decltype(size)::value> w;
+        if (!(taken & decltype(size)::value)) return;
+        for (const W*& next : w.row) next = row[added++];
+        const float* factors = a + added - decltype(size)::value;
+        if (fetch)
+          add_rows(partial + n * stride_, factors, w, ahead, d_);
+        else
+          add_rows(partial + n * stride_, factors, w, Rows<W, 0>(), d_);
+        fetch = false;
+      };
+      add(std::integral_constant<int, 8>());
+      add(std::integral_constant<int, 4>());
+      add(std::integral_constant<int, 2>());
+      add(std::integral_constant<int, 1>());
     }
     begin_ = last;
   }
 
   int64_t rows_, stride_, d_, begin_ = 0, end_ = 0;
+  bool fetch_;
   const W* row_[SIZE];
   uint8_t mask_[SIZE];
   float* partial_[SIZE];

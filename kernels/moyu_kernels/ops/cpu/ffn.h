@@ -53,7 +53,7 @@ struct Ffn {
       const W *nothing = up + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
       float gates[MAX_ROWS], ups[MAX_ROWS], a[MAX_ROWS];
       if (known) {
-        fetch_rows(Rows<W, 2>{{down + far, down + near}}, d);
+        for (int64_t n = 0; n < rows; ++n) a[n] = first->row(n)[f];
       } else if (first) {
         dots_tiled(Rows<W, 1>{{up + f * d}}, Rows<W, 4>{{up + far, up + near, newest, recent}}, x, rows, stride, d,
                    [&](int, int64_t n, float value) { ups[n] = value; });
@@ -66,7 +66,7 @@ struct Ffn {
       }
       const float least = ruled.rule == Rule::threshold ? threshold[f] : 0.0f;
       for (int64_t n = 0; n < rows; ++n) {
-        a[n] = known ? first->row(n)[f] : gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
+        if (!known) a[n] = gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
         if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
       }
       if (s.mask[j]) sums.push(down + f * d, s.mask[j], a, partial);
@@ -131,7 +131,7 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
   std::atomic<bool> ready{parts == 0};
   claims.run([&](int64_t thread) {
     Selection pair[2];
-    RowSums<W> sums(rows, stride, d);
+    RowSums<W> sums(rows, stride, d, ffn.first && ffn.first->complete());
     int64_t range = claims.claim(thread);
     for (int64_t part; (part = part_claims.claim(thread)) >= 0;) {
       ffn.prepare(part);

@@ -11,7 +11,7 @@ template <class W>
 void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, const float* threshold, Tensor& y,
                        Tensor& counts) {
   const int64_t rows = x.size(0), inputs = x.size(1), d = weight.size(1), stride = padded(d), width = padded(inputs);
-  const int64_t block = inputs <= 4096 ? BLOCK / 2 : BLOCK, ranges = (inputs + block - 1) / block;
+  const int64_t block = inputs <= 1024 ? BLOCK / 2 : BLOCK, ranges = (inputs + block - 1) / block;
   static thread_local std::vector<float> scratch;
   static thread_local std::vector<int32_t> tally;
   scratch.resize(rows * (width + ranges * stride));
@@ -21,40 +21,26 @@ void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, con
   widen_input<W, float>(x, wide, width);
   const W* w = data<const W>(weight);
 
-  const auto select = [&](int64_t range, Selection& s) {
-    s.first = std::max<int64_t>(range, 0) * block;
-    s.size = range < 0 ? 0 : std::min(block, inputs - s.first);
-    for (int64_t j = 0; j < s.size; ++j) {
-      s.mask[j] = 0;
-      for (int64_t n = 0; n < rows; ++n) {
-        const float size = std::fabs(wide[n * width + s.first + j]);
-        s.mask[j] |= (size >= threshold[s.first + j] && size != 0.0f) << n;
-      }
-    }
-    s.compact();
-  };
   Claims claims(ranges);
   claims.run([&](int64_t thread) {
-    Selection pair[2];
-    RowSums<W> sums(rows, stride, d);
-    const int64_t lead = lookahead_rows<W>(d);
-    int64_t range = claims.claim(thread);
-    select(range, pair[0]);
-    for (int turn = 0; range >= 0; turn ^= 1) {
-      const int64_t later = claims.claim(thread);
-      const Selection &s = pair[turn], &after = pair[turn ^ 1];
-      select(later, pair[turn ^ 1]);
+    RowSums<W> sums(rows, stride, d, true);
+    for (int64_t range; (range = claims.claim(thread)) >= 0;) {
+      Selection s;
+      s.first = range * block;
+      s.size = std::min(block, inputs - s.first);
       float* sum = partial + range * rows * stride;
       std::fill(sum, sum + rows * stride, 0.0f);
-      s.count(rows, kept + range * rows, 1);
-      for (int64_t i = 0; i < s.found; ++i) {
-        const int64_t f = s.first + s.list[i];
-        fetch_rows(Rows<W, 2>{{w + s.neuron(i + lead, after, f) * d, w + s.neuron(i + lead / 2, after, f) * d}}, d);
+      for (int64_t j = 0; j < s.size; ++j) {
+        const int64_t f = s.first + j;
         float a[MAX_ROWS];
-        for (int64_t n = 0; n < rows; ++n) a[n] = wide[n * width + f];
-        sums.push(w + f * d, s.mask[s.list[i]], a, sum);
+        s.mask[j] = 0;
+        for (int64_t n = 0; n < rows; ++n) {
+          a[n] = wide[n * width + f];
+          s.mask[j] |= (std::fabs(a[n]) >= threshold[f] && a[n] != 0.0f) << n;
+        }
+        if (s.mask[j]) sums.push(w + f * d, s.mask[j], a, sum);
       }
-      range = later;
+      s.count(rows, kept + range * rows, 1);
     }
     sums.finish();
   });
