@@ -23,7 +23,7 @@ STAGE_VERBS = {
     "export": "write the sparse checkpoint",
     "verify": "prove a sparse checkpoint: reload, compare, see stock code refuse it",
     "evaluate": "perplexity of every variant on held-out documents, and tasks",
-    "bench": "time decoding: dense eager, dense compiled, our runner, sparse",
+    "bench": "time decoding: dense eager, dense compiled, our runner, sparse; or the ops; or models of a given shape",
     "report": "result table, report.html and plots from the finished stages",
 }
 ON_FOLDER = ("analyze", "verify", "evaluate", "bench")  # these also take a sparse checkpoint in place of a recipe
@@ -44,9 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in STAGE_VERBS.items():
         sub = verb(name, text)
         what = "recipe, or a sparse checkpoint's folder" if name in ON_FOLDER else "recipe, or a model for the defaults"
+        if name == "bench":
+            _add_bench_options(sub)
+            what += "; or `ops` (the kernels one by one) or `model` (whole models, from FOLDER or of a --shape)"
         sub.add_argument("recipe", help=what)
         if name == "analyze":
             sub.add_argument("--against", metavar="MODEL", help="a second model, or sparse checkpoint, side by side")
+        if name == "bench":
+            sub.add_argument("folder", nargs="?", help="of `model`: sparse checkpoint")
     generate = verb("generate", "stream text from a sparse checkpoint")
     generate.add_argument("folder", help="sparse checkpoint")
     generate.add_argument("--prompt", required=True)
@@ -71,6 +76,32 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("recipe", help="model, or a recipe, whose `blocks` are then used")
     verb("env", "versions and hardware, for bug reports")
     return parser
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from moyu_train.evaluation.shapes import SHAPES
+
+    def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    group = parser.add_argument_group("of `bench ops` and `bench model`", "lists are separated by commas")
+    group.add_argument("--shape", choices=SHAPES, help="random weights of these sizes; default of `ops`: smollm2-135m")
+    group.add_argument("--dtypes", type=several(str), help="of bfloat16, float16, float32; default bfloat16")
+    group.add_argument("--densities", type=several(float), help="default 0.05,0.1,0.2,0.5")
+    group.add_argument("--batches", type=several(int), help="default 1,4; `model` decodes one sequence")
+    group.add_argument("--threads", type=several(int), help="of the dense settings, the most for sparse; default 1,2")
+    group.add_argument("--rounds", type=int, help="interleaved, at least 5; default 7")
+    group.add_argument("--quick", action="store_true", help="one density, one batch, 5 rounds: to see that it works")
+
+
+def _refuse_bench_options(known: argparse.Namespace) -> None:
+    if known.folder:
+        raise MoyuError(f"a second name, {known.folder!r}, goes with `bench model` alone")
+    for name in ("shape", "dtypes", "densities", "batches", "threads", "rounds", "quick"):
+        if getattr(known, name):
+            raise MoyuError(
+                f"--{name} is an option of `bench ops` and `bench model`; a recipe's are set as --bench.rounds 7"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | None:
+def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": _generate,
         "recipes": _recipes,
@@ -110,6 +141,12 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | No
         return simple[known.verb](known)
     if known.verb == "analyze" and (known.against or (Path(known.recipe) / "moyu").is_dir()):
         return _analyze_models(load_recipe(known.recipe, rest), known.against)
+    if known.verb == "bench" and known.recipe in ("ops", "model"):
+        from moyu_train.evaluation.bench_command import bench_ops_or_model
+
+        return bench_ops_or_model(known, rest)
+    if known.verb == "bench":
+        _refuse_bench_options(known)
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
         return _on_folder(known.verb, Path(known.recipe), rest)
     recipe = load_recipe(known.recipe, rest)

@@ -169,7 +169,7 @@ class Run:
             return
         if rule.op in WHOLE_ROW:
             raise MoyuError(
-                f"sparsifier {cls.name!r} takes its level from the gates of all neurons, so a predictor has none to "
+                f"sparsifier {cls.name!r} compares all neurons of a token, so a predictor has none to "
                 "skip: use predictor: null (--predictor null), or another sparsifier, such as 'gate_threshold'"
             )
         cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)

@@ -6,6 +6,8 @@ from typing import Any
 import moyu_kernels
 import pytest
 import torch
+from moyu_kernels.inputs import SparseLinear
+from moyu_kernels.modules import set_mode
 from tiny import save_tiny, tiny_model, tiny_settings
 
 from moyu_train.checkpoints.export import read_inputs
@@ -63,7 +65,8 @@ def test_patterns_that_match_nothing_or_an_ffn_are_refused(tmp_path: Path) -> No
     ],
 )
 def test_inputs_are_sparse_from_calibration_to_the_checkpoint(tmp_path: Path, inputs: dict[str, Any]) -> None:
-    settings, through_kernels = settings_in(tmp_path, inputs), "name" in inputs  # once: it compiles
+    settings = settings_in(tmp_path, inputs)
+    through_kernels = "name" in inputs or "statistic" not in inputs  # once simulated and once by the op: it compiles
     settings["evaluate"] |= {"kernel_tokens": 32 if through_kernels else 0}
     run = Run(Recipe.model_validate(settings))
     run_stage(run, "calibrate")
@@ -99,9 +102,15 @@ def test_inputs_are_sparse_from_calibration_to_the_checkpoint(tmp_path: Path, in
     with torch.no_grad():
         sparse = moyu_kernels.from_pretrained(folder, mode="dense")(input_ids=ids).logits
         stock = load_dense(run.stage_folder("finetune") / "model")(input_ids=ids).logits
-        ruled = moyu_kernels.from_pretrained(folder)(input_ids=ids).logits
+        loaded = moyu_kernels.from_pretrained(folder)
+        ruled = loaded(input_ids=ids).logits
     torch.testing.assert_close(sparse, stock, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ruled, stock, rtol=1e-2, atol=1e-2)
+    layer = loaded.model.layers[1].self_attn.q_proj
+    assert isinstance(layer, SparseLinear) == ("name" not in inputs)
+    if isinstance(layer, SparseLinear):
+        set_mode(loaded, "dense")
+        torch.testing.assert_close(loaded(input_ids=ids).logits, stock, rtol=1e-4, atol=1e-4)
 
 
 def test_a_delta_keeps_the_thresholds_of_inputs(tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def moyu(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     return result
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, family: str = "llama") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = tiny_settings(folder, save_tiny(folder / "model"))
+    settings = tiny_settings(folder, save_tiny(folder / "model", family))
     recipe = folder / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     return recipe
@@ -287,6 +287,12 @@ def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:
         str(tmp_path / "b.json"),
     )
     assert json.loads((tmp_path / "b.json").read_text())["rows"]
+    short = ["--data.test", text, "--bench.contexts", "[8]", "--bench.new_tokens", "3", "--quick", "--threads", "1"]
+    moyu("bench", "model", folder, *short, "--json", str(tmp_path / "m.json"))
+    rows = json.loads((tmp_path / "m.json").read_text())
+    assert [row["op"] for row in rows] == ["decode_dense_eager", "decode_dense_runner", "decode_sparse"]
+    assert (rows[2]["D"], rows[2]["F"], rows[2]["dtype"], rows[2]["layers"]) == (32, 96, "float32", 2)
+    assert 0 < rows[2]["density"] < 1 < rows[2]["limit_speedup"]
     generated = moyu(
         "generate", folder, "--prompt", "the cat", "--max-new-tokens", "8", "--json", str(tmp_path / "g.json")
     )
@@ -305,10 +311,11 @@ def test_step_cost_compares_with_the_plain_trainer(tmp_path: Path) -> None:
     assert figures["memory_ratio"] == figures["sparse_peak_bytes"] / figures["plain_peak_bytes"]
 
 
-def test_a_rule_without_a_kernel_trains_and_is_called_simulated(tmp_path: Path) -> None:
-    recipe = prepare(tmp_path)
+def test_blocks_without_a_kernel_train_and_are_called_simulated(tmp_path: Path) -> None:
+    recipe = prepare(tmp_path, "phi3")
     for left in (["--bench", "null"], ["--predictor", "null"]):
-        assert "has no kernel yet" in moyu("run", str(recipe), "--sparsifier", "{name: topk}", *left, code=1).stderr
+        error = moyu("run", str(recipe), "--sparsifier", "{name: topk}", *left, code=1).stderr
+        assert "the kernels cannot skip anything in model.layers.0.mlp, since layout 'fused' has no op" in error
     options = ["--sparsifier", "{name: topk}", "--predictor", "null", "--bench", "null"]
     out = moyu("run", str(recipe), *options)
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -5,12 +5,13 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .prompt import PromptState, watch_sequences
@@ -73,7 +74,7 @@ def from_pretrained(
         rule = Rule(threshold, **settings.get("formula", {}))
         _install(folder, model, block, settings["activation"], rule, predictor, mode, backend)
     if mode != "dense":
-        _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state)
+        _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
@@ -212,7 +213,8 @@ def _install(
     if op and not reason:
         projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
         act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-        ffn = SparseGatedFFN(projections, act, rule.op_threshold, predictor, mode, backend, op)
+        keep = rule.count(block["neurons"])
+        ffn = SparseGatedFFN(projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
         return
@@ -228,17 +230,37 @@ def _install(
     simulate(module, names, layout, rule, masked=True, state=state)
 
 
-def _install_inputs(folder: Path, model: nn.Module, inputs: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Sparse inputs of other linear layers: masked before a dense matmul."""
+def _install_inputs(
+    folder: Path, model: nn.Module, inputs: dict[str, Any], state: dict[str, Tensor], mode: str, backend: str
+) -> None:
+    """Sparse inputs of other linear layers: by the op, else masked before a dense matmul."""
+    simulated: dict[str, int] = {}
     for index, path in enumerate(inputs["paths"]):
         rule = Rule(_tensor(folder, state, f"inputs.{index}.threshold"), **inputs["formula"])
         parent, _, name = path.rpartition(".")
         try:
-            simulate(model.get_submodule(parent), {"act": "", "up": "", "down": name}, "linear", rule, masked=True)
+            owner, layer = model.get_submodule(parent), model.get_submodule(path)
         except AttributeError as error:
             raise CheckpointError(f"{folder}: the config names {path}, which the model lacks: {error}") from error
-    if inputs["paths"]:
-        logger.warning("moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped", index + 1)
+        chosen = resolve_backend(backend, next(layer.parameters()).device)
+        if reason := _inputs_simulated_because(layer, rule, chosen):
+            simulated[reason] = simulated.get(reason, 0) + 1
+            simulate(owner, {"act": "", "up": "", "down": name}, "linear", rule, masked=True)
+        else:
+            setattr(owner, name, SparseLinear(cast(nn.Linear, layer), rule.threshold, mode, chosen))
+    for reason, count in simulated.items():
+        logger.warning(
+            "moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped, since %s", count, reason
+        )
+
+
+def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str:
+    """Why no op computes a linear layer on its kept inputs; empty where one does."""
+    if type(layer) is not nn.Linear:
+        return f"{type(layer).__name__} has no op"
+    if rule.op != "threshold" or backend == "triton":
+        return f"rule {rule.describe()} has no op for the backend {backend!r}"
+    return ""
 
 
 def _op_on(backend: str, rule: Rule) -> str | None:

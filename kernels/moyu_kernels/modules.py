@@ -27,6 +27,12 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def check_mode(mode: str) -> None:
+    """Raises: ValueError for an unknown name."""
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+
+
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
 
@@ -42,7 +48,29 @@ def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return naive.gated_ffn
 
 
-class SparseGatedFFN(nn.Module):
+class SparseModule(nn.Module):
+    """What runs in a mode and on a backend, and keeps the dtypes of its buffers under `.to(dtype)`."""
+
+    mode: str
+    backend: str
+    counts: Tensor
+
+    def set_mode(self, mode: str, backend: str | None = None) -> Self:
+        """Switch the mode, and the backend where one is given."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved, original = self._buffers[name], kept[name]
+            if moved is not None and original is not None and moved.dtype != dtype:
+                self._buffers[name] = original.to(moved.device)
+        return self
+
+
+class SparseGatedFFN(SparseModule):
     """`down(act(gate(x)) * up(x))` that reads only the weights of the neurons in use. For inference only.
 
     Up to 8 tokens run the op (a decode step), more of them dense matmuls with the rule's exact mask (prefill), on
@@ -58,6 +86,7 @@ class SparseGatedFFN(nn.Module):
             mask; a rule in `naive.SUBSTITUTES` stays, since the model is another one without it).
         backend: "cpu", "triton" (only the rule "threshold") or "reference".
         rule: a name from `naive.RULES`; with "threshold" a neuron is kept where `abs(a) >= threshold`.
+        keep: neurons that the rule "topk" keeps.
 
     The threshold and predictor keep their dtypes under `.to(dtype)`. `counts` int64 `[3]` sums up tokens, neurons
     selected and neurons kept over all calls; set it to zero with `counts.zero_()`.
@@ -68,7 +97,6 @@ class SparseGatedFFN(nn.Module):
 
     threshold: Tensor
     no_threshold: Tensor
-    counts: Tensor
 
     def __init__(
         self,
@@ -79,11 +107,12 @@ class SparseGatedFFN(nn.Module):
         mode: str = "predicted",
         backend: str = "cpu",
         rule: str = "threshold",
+        keep: int = 0,
     ) -> None:
         super().__init__()
         gate, _, down = projections.values()
         self.neurons, self.hidden = gate.weight.shape
-        self._names, self.act, self.rule = tuple(projections), act, rule
+        self._names, self.act, self.rule, self.keep = tuple(projections), act, rule, keep
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
         down.weight.data = down.weight.data.t().contiguous().t()
@@ -102,6 +131,8 @@ class SparseGatedFFN(nn.Module):
             raise ValueError(f"activation {self.act!r} has no op; use one of {', '.join(naive.ACTIVATIONS)}")
         if self.rule not in naive.RULES:
             raise ValueError(f"rule {self.rule!r} has no op; use one of {', '.join(naive.RULES)}")
+        if self.rule == "topk" and not 1 <= self.keep <= self.neurons:
+            raise ValueError(f"keep is {self.keep}, rule 'topk' takes 1 to F = {self.neurons}")
         if predictor and self.rule in naive.WHOLE_ROW:
             raise ValueError(f"rule {self.rule!r} needs the gates of all neurons; load it without a predictor")
         (_, gate), (_, up), (_, down) = projections
@@ -135,9 +166,7 @@ class SparseGatedFFN(nn.Module):
         return gate, up, down.t()
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
-        """Switch the mode, and the backend where one is given."""
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is unknown; use one of {', '.join(MODES)}")
+        check_mode(mode)
         if mode == "predicted" and not self._predictor:
             raise ValueError("mode 'predicted' needs a predictor and this block has none; use mode 'rule' or 'dense'")
         self.mode = mode
@@ -158,11 +187,12 @@ class SparseGatedFFN(nn.Module):
         gate, up, down = self.weights
         if rows > MAX_ROWS:
             g, u = functional.linear(x, gate), functional.linear(x, up)
-            a, _, kept = naive.ruled_activation(g, u, threshold, self.act, rule)
+            a, _, kept = naive.ruled_activation(g, u, threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return functional.linear(a, down.t())
         predictor = self.predictor if self.mode == "predicted" else []
-        y, counts = self._run(x.reshape(rows, self.hidden), gate, up, down, threshold, self.act, predictor, rule)
+        x_rows = x.reshape(rows, self.hidden)
+        y, counts = self._run(x_rows, gate, up, down, threshold, self.act, predictor, rule, self.keep)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)
@@ -171,16 +201,6 @@ class SparseGatedFFN(nn.Module):
         self.counts[0] += rows
         self.counts[1] += selected
         self.counts[2] += kept
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            moved, original = self._buffers[name], kept[name]
-            if moved is not None and original is not None and moved.dtype != dtype:
-                self._buffers[name] = original.to(moved.device)
-        return self
 
     def extra_repr(self) -> str:
         predictor = ", ".join(self._predictor) or None
@@ -214,10 +234,10 @@ class Linear(nn.Module):
 def set_mode(model: nn.Module, mode: str, backend: str | None = None) -> None:
     """Run the same loaded checkpoint in another mode or backend, for comparisons.
 
-    Raises: ValueError where the model holds no SparseGatedFFN.
+    Raises: ValueError where the model holds no SparseModule.
     """
-    blocks: list[Any] = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, SparseModule)]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} holds no SparseGatedFFN; load it with moyu_kernels.from_pretrained")
+        raise ValueError(f"{type(model).__name__} holds no sparse module; load it with moyu_kernels.from_pretrained")
     for block in blocks:
         block.set_mode(mode, backend)

@@ -68,13 +68,17 @@ class Rule:
     @property
     def op(self) -> str | None:
         """The name under which the ops compute this rule, in a gated FFN, and skip what it drops; None: simulated."""
-        if (self.gate, self.up, self.keep) == ("stock", "stock", "threshold"):
-            return "threshold"
+        if (self.gate, self.up) == ("stock", "stock") and self.keep != "nonzero":
+            return self.keep
         if self.keep != "nonzero" or self.gate == "stock":
             return None
         if self.up == "relu":
             return "drelu" if self.gate == "relu" else None
         return self._gate_name
+
+    def count(self, neurons: int) -> int:
+        """Neurons that "topk" keeps of `neurons`, ties aside."""
+        return max(round(self.share * neurons), 1)
 
     @property
     def op_threshold(self) -> Tensor:
@@ -122,7 +126,7 @@ class Rule:
         return self._largest(a.detach().abs() / threshold)
 
     def _largest(self, statistic: Tensor) -> Tensor:
-        least = statistic.topk(max(round(self.share * statistic.shape[-1]), 1), dim=-1).values[..., -1:]
+        least = statistic.topk(self.count(statistic.shape[-1]), dim=-1).values[..., -1:]
         return statistic >= least
 
     def _prompt_mask(self, a: Tensor, state: PromptState) -> Tensor:

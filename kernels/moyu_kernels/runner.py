@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import CompiledStep
-from .modules import MAX_ROWS, Linear, SparseGatedFFN
+from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
 
 ATTENTION = "moyu"
@@ -40,7 +40,7 @@ class Runner:
             raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
         self.device = next(model.parameters()).device
-        self._sparse = [module for module in model.modules() if isinstance(module, SparseGatedFFN)]
+        self._sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._attention = model.config._attn_implementation
         self._steps: dict[Any, CompiledStep] = {}
@@ -64,7 +64,7 @@ class Runner:
         cpu.load()
         for parent in list(self.model.modules()):
             for name, child in parent.named_children():
-                if type(child) is nn.Linear and not isinstance(parent, SparseGatedFFN):
+                if type(child) is nn.Linear and not isinstance(parent, SparseModule):
                     self._undo.append((parent, name, child))
                     setattr(parent, name, Linear(child))
         if self._attention == "sdpa":

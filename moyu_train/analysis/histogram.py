@@ -20,13 +20,17 @@ class Histogram:
         bins = ((values.detach() - self.low) / self.step).clamp(0, BINS - 1).long()
         self.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS).double().cpu()
 
-    def levels(self, densities: Sequence[float]) -> list[float]:
-        """Per layer the value that its share of the counted values reaches, interpolated within a bin."""
+    def levels(self, density: float | Sequence[float]) -> list[float]:
+        """Per layer the value that a share of the counted values reaches, interpolated within a bin.
+
+        density: the share, one for all layers or one a layer.
+        """
+        densities = [density] * len(self.counts) if isinstance(density, float) else density
         levels = []
-        for counts, density in zip(self.counts, densities, strict=True):
+        for counts, share in zip(self.counts, densities, strict=True):
             above = counts.flip(0).cumsum(0).flip(0) / counts.sum()  # share at or above each bin's lower edge
-            i = int((above >= density).nonzero().max())
+            i = int((above >= share).nonzero().max())
             next_above = above[i + 1].item() if i + 1 < BINS else 0.0
-            inside = (above[i].item() - density) / max(above[i].item() - next_above, 1e-12)
+            inside = (above[i].item() - share) / max(above[i].item() - next_above, 1e-12)
             levels.append(self.low + (i + inside) * self.step)
         return levels

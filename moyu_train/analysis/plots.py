@@ -83,7 +83,9 @@ def routes(rows: list[dict[str, Any]]) -> Figure:
 
 def frontier(figures: dict[str, Any]) -> Figure:
     """Figures of `compare-predictors`: what each family pays in perplexity for the bytes that it skips."""
-    figure, axes = _axes("FFN bytes skipped (dashed: would be, no op yet)", "perplexity, relative to the dense parent")
+    figure, axes = axes_of(
+        "FFN bytes skipped (dashed: would be, no op yet)", "perplexity, relative to the dense parent"
+    )
     lines: dict[str, list[tuple[float, float]]] = {}
     dashed = set()
     for row, point in zip(figures["rows"], figures["points"], strict=True):

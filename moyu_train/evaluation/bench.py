@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import moyu_kernels
 import torch
+from moyu_kernels.inputs import SparseLinear
+from moyu_kernels.modules import SparseModule
 from moyu_kernels.ops.cpu import read_bandwidth
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 from torch import Tensor
@@ -22,8 +24,7 @@ from transformers import StaticCache
 from moyu_train.checkpoints.export import read_state
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import row_bytes
-from moyu_train.evaluation.stage import model_itemsize
+from moyu_train.evaluation.inloop import line_bytes, row_bytes
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
@@ -82,18 +83,32 @@ def bytes_per_token(model: Any, context: int) -> tuple[int, int]:
     return weights, 2 * config.num_hidden_layers * heads * size * context * model.dtype.itemsize
 
 
+def stored_size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def ffn_read(model: Any, blocks: list[FFNBlock], itemsize: int) -> tuple[float, float]:
     """(bytes read, bytes dense) of all FFNs per decoded token, from the counters of the sparse modules."""
     read = dense = 0.0
     for block in blocks:
         module = model.get_submodule(block.path)
         tokens, selected, kept = module.counts.tolist()
-        state = [module.threshold, *module.predictor]
         gates = selected if module.mode == "predicted" else tokens * module.neurons
         read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
-        read += sum(t.numel() * t.element_size() for t in state)
+        read += stored_size([module.threshold, *module.predictor])
         dense += 3 * block.neurons * block.hidden * itemsize
     return read, dense
+
+
+def inputs_skipped(model: Any, itemsize: int) -> float:
+    """Bytes that linear layers with sparse inputs do not read per decoded token, from their counters."""
+    skipped = 0.0
+    for layer in model.modules():
+        if isinstance(layer, SparseLinear):
+            tokens, kept = layer.counts.tolist()
+            skipped += layer.in_features * layer.out_features * itemsize - stored_size([layer.threshold])
+            skipped -= line_bytes(layer.out_features * itemsize) * kept / tokens
+    return skipped
 
 
 def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, Any]:
@@ -111,7 +126,6 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     _, predictors = read_state(folder)
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
         raise MoyuError(f"{str(folder)!r} has predictors that no op computes (simulated), so no speed to measure")
-    itemsize = model_itemsize(folder)
     started = time.monotonic()
     sparse = moyu_kernels.from_pretrained(folder)
     if not any(isinstance(module, moyu_kernels.SparseGatedFFN) for module in sparse.modules()):
@@ -119,13 +133,13 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     load_seconds = time.monotonic() - started
     dense = load_dense(folder, sparse.dtype)
     dense_runner = load_dense(folder, sparse.dtype)  # the runner swaps linear layers and attention, stock must not
-    blocks = find_blocks(dense)
     buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
         for context in settings.contexts:
-            rows += _bench_context(sparse, dense, dense_runner, blocks, itemsize, text, context, settings, buffer)
+            decoders = make_decoders(sparse, dense, dense_runner, context + settings.new_tokens + 1, settings)
+            rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()
@@ -134,18 +148,11 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
 
 
-def _bench_context(
-    sparse: Any,
-    dense: Any,
-    dense_runner: Any,
-    blocks: list[FFNBlock],
-    itemsize: int,
-    text: Tensor,
-    context: int,
-    settings: Bench,
-    buffer: Tensor,
-) -> list[dict[str, Any]]:
-    length, threads = context + settings.new_tokens + 1, max(settings.threads)
+def make_decoders(
+    sparse: Any, dense: Any, dense_runner: Any, length: int, settings: Bench
+) -> dict[tuple[str, int], Decoder]:
+    """Decoders for `length` tokens by (setting, threads); the runners get the most threads."""
+    threads = max(settings.threads)
     decoders: dict[tuple[str, int], Decoder] = {}
     for count in settings.threads:
         decoders["dense_eager", count] = StockDecoder(dense, length, compiled=False)
@@ -153,6 +160,24 @@ def _bench_context(
             decoders["dense_compiled", count] = StockDecoder(dense, length, compiled=True)
     decoders["dense_runner", threads] = moyu_kernels.Runner(dense_runner, max_length=length)
     decoders["sparse", threads] = moyu_kernels.Runner(sparse, max_length=length)
+    return decoders
+
+
+def time_decoders(
+    decoders: dict[tuple[str, int], Decoder],
+    sparse: Any,
+    dense: Any,
+    text: Tensor,
+    context: int,
+    settings: Bench,
+    buffer: Tensor,
+) -> list[dict[str, Any]]:
+    """Rows of all decoders from `context` on, round by round with a reading of the bandwidth.
+
+    Args: text: int64 token ids; buffer: int32 of 1 GiB or more, for the bandwidth.
+    Raises: MoyuError for a share of the bandwidth that cannot be.
+    """
+    threads, blocks, itemsize = max(settings.threads), find_blocks(dense), dense.dtype.itemsize
     first: dict[tuple[str, int], float] = {}
     for key, decoder in track(list(decoders.items()), f"bench: prefill and warm up at {context}"):
         torch.set_num_threads(key[1])
@@ -161,8 +186,9 @@ def _bench_context(
         first[key] = time.perf_counter() - started
         for offset in range(3):  # compiles
             decoder.step(text[None, context + offset : context + offset + 1])
-    for block in blocks:
-        sparse.get_submodule(block.path).counts.zero_()
+    for module in sparse.modules():
+        if isinstance(module, SparseModule):
+            module.counts.zero_()
     times: dict[tuple[str, int], list[float]] = {key: [] for key in decoders}
     bandwidth: list[float] = []
     for _ in track(range(settings.rounds), f"bench: decode at {context}"):
@@ -179,7 +205,7 @@ def _bench_context(
     read, ffn_dense = ffn_read(sparse, blocks, itemsize)
     rows = []
     for (name, count), seconds in times.items():
-        moved = weights + cache - (ffn_dense - read if name == "sparse" else 0)
+        moved = weights + cache - (ffn_dense - read + inputs_skipped(sparse, itemsize) if name == "sparse" else 0)
         rate = moved / statistics.median(seconds) / 1e9
         share = rate / statistics.median(bandwidth)
         if share > 1.02:
@@ -202,6 +228,7 @@ def _bench_context(
                 "bandwidth_gb_s": statistics.median(bandwidth),
                 "bandwidth_share": share,
                 "bytes_skipped": 1 - read / ffn_dense if name == "sparse" else 0.0,
+                "density": moyu_kernels.density(sparse)[1] if name == "sparse" else 1.0,
             }
         )
     return rows

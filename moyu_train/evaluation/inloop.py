@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from moyu_kernels.ops.ffn.naive import ON_GATE
 from moyu_kernels.rules import Rule
 from moyu_kernels.seam import Seam
 from torch import Tensor
@@ -39,7 +40,11 @@ class Counts:
 
 def row_bytes(block: FFNBlock, itemsize: int) -> int:
     """Bytes fetched for one neuron's row of one matrix, in whole cache lines (rows start where the last one ends)."""
-    size = block.hidden * itemsize
+    return line_bytes(block.hidden * itemsize)
+
+
+def line_bytes(size: int) -> int:
+    """Bytes of the cache lines that a row of `size` bytes touches, where rows start where the last one ends."""
     return size if size % LINE == 0 else (math.ceil(size / LINE) + 1) * LINE
 
 
@@ -96,7 +101,7 @@ class SparseMasks:
         self._gate_seams: dict[int, Seam] = {}
         if not predictors:  # then a rule's gate, seen here after `masking` has put it there, says whose up is read
             for layer, (block, rule) in enumerate(zip(self.blocks, rules, strict=True)):
-                if block.layout == "gated" and rule.op not in (None, "threshold"):
+                if block.layout == "gated" and rule.op in ON_GATE:
                     self._gate_seams[layer] = Seam(block.module, block.act, output=self._gate_counter(layer))
 
     def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:

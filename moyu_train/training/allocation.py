@@ -60,7 +60,7 @@ def block_errors(
         histogram.add(layer, statistic.clamp_min(1e-30).log2())
 
     watch(model, cls, options, blocks, few, rules, "allocation: statistics", count)
-    levels = torch.tensor([histogram.levels([1 - s] * len(blocks)) for s in sparsities]).exp2()  # [S, L]
+    levels = torch.tensor([histogram.levels(1 - s) for s in sparsities]).exp2()  # [S, L]
     errors = torch.zeros(len(blocks), len(sparsities), dtype=torch.float64)
     sizes = torch.zeros(len(blocks), 1, dtype=torch.float64)
 

@@ -47,7 +47,7 @@ def calibrate_in_loop(
                 slope = min(max((last[1] - skipped) / (share - last[0]), 0.4), 1.5)
             last = share, skipped
             share = min(max(share + (skipped - target) / slope, 0.01), 0.99)
-        cuts = histogram.levels([share] * len(predictors))
+        cuts = histogram.levels(share)
     else:
         if skipped > target:
             raise MoyuError(

@@ -72,8 +72,7 @@ def calibrate_rule(
     """
     blocks = blocks or find_blocks(model)
     cls.check(blocks)
-    densities = [density] * len(blocks) if isinstance(density, float) else list(density)
-    mean = sum(densities) / len(densities)
+    mean = density if isinstance(density, float) else sum(density) / len(density)
     sparsifier: Any = cls.start(options, blocks, mean)
     if not cls.calibrates:
         return sparsifier
@@ -94,6 +93,6 @@ def calibrate_rule(
                 f"every activation of {', '.join(silent)} is zero on the calibration text, so no threshold can be set; "
                 "check the weights, or give other text"
             )
-        levels = [2.0**level for level in histogram.levels(densities)]
+        levels = [2.0**level for level in histogram.levels(density)]
         sparsifier = cls.calibrated(options, blocks, levels, mean)
     return sparsifier

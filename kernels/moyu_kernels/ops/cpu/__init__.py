@@ -1,4 +1,4 @@
-"""Native CPU ops: `moyu::gated_ffn`, `moyu::linear(s)`, `moyu::attend` and the bandwidth yardstick `moyu::read_sum`.
+"""Native CPU ops: `moyu::gated_ffn`, `sparse_linear`, `linear(s)`, `attend` and the bandwidth yardstick `read_sum`.
 
 Importing this module declares the ops and their fake versions; `load()` compiles and registers the kernels.
 """
@@ -12,6 +12,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ..ffn import naive
+from ..linear import naive as naive_linear
 from .build import BuildError, build_library
 
 logger = logging.getLogger(__name__)
@@ -21,10 +22,11 @@ MAX_ROWS = 8
 _library = torch.library.Library("moyu", "FRAGMENT")
 _library.define(
     "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
-    " str rule='threshold') -> (Tensor, Tensor)"
+    " str rule='threshold', int keep=0) -> (Tensor, Tensor)"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+_library.define("sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor)")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 _library.define("read_sum(Tensor buffer) -> Tensor")
 
@@ -39,6 +41,7 @@ def _(
     act: str,
     predictor: list[Tensor],
     rule: str = "threshold",
+    keep: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
@@ -51,6 +54,11 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.register_fake("moyu::linears")
 def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
+
+
+@torch.library.register_fake("moyu::sparse_linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((x.shape[0], weight.shape[1])), x.new_empty((x.shape[0],), dtype=torch.int32)
 
 
 @torch.library.register_fake("moyu::attend")
@@ -74,6 +82,7 @@ def load() -> bool:
         _library.impl("gated_ffn", naive.gated_ffn, "CPU")
         _library.impl("linear", functional.linear, "CPU")
         _library.impl("linears", _linears, "CPU")
+        _library.impl("sparse_linear", naive_linear.sparse_linear, "CPU")
         _library.impl("attend", _attend, "CPU")
         _library.impl("read_sum", lambda buffer: buffer.sum(dtype=torch.int32), "CPU")
         return False
@@ -102,17 +111,18 @@ def gated_ffn(
     act: str,
     predictor: list[Tensor],
     rule: str = "threshold",
+    keep: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
 
     Down rows that no row keeps are not read. With a predictor, neither are gate and up rows of neurons that no row
-    selects; without one, but a rule other than "threshold", up rows of neurons that no row's gate lets pass.
+    selects; without one, but a rule in `naive.ON_GATE`, up rows of neurons that no row's gate lets pass.
 
     Args and returns: as `naive.gated_ffn`; x, gate, up and down bfloat16, float16 or float32, weights contiguous.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule)
+    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule, keep)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,6 +145,18 @@ def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     """
     load()
     return torch.ops.moyu.linears.default(x, weights, biases)
+
+
+def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """`naive.sparse_linear` of `ops/linear` for 1 to 8 rows; a row's result is bitwise the same in any batch.
+
+    Weight rows of inputs that no row keeps are not read.
+
+    Args and returns: as there; weight, bias and x bfloat16, float16 or float32, weight contiguous.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.sparse_linear.default(x, weight, bias, threshold)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -63,8 +63,8 @@ void attend_head(const W* k, const W* v, const float* q, const uint8_t* mask, in
   }
   for (; p < last; ++p) total += scores[p] = std::exp(scores[p] - top);
   for (p = first; p < last; ++p) scores[p] /= total;
-  for (p = first; p + 4 <= last; p += 4) add_rows(acc, scores + p, rows_from<4>(v, d, p, last), d);
-  for (; p < last; ++p) add_rows(acc, scores + p, rows_from<1>(v, d, p, last), d);
+  for (p = first; p + 4 <= last; p += 4) add_rows(acc, scores + p, rows_from<4>(v, d, p, last), Rows<W, 0>(), d);
+  for (; p < last; ++p) add_rows(acc, scores + p, rows_from<1>(v, d, p, last), Rows<W, 0>(), d);
 }
 
 template <class W>

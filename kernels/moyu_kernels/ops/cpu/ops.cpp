@@ -7,6 +7,7 @@
 
 #include "dense.h"
 #include "ffn.h"
+#include "inputs.h"
 
 namespace moyu {
 
@@ -38,7 +39,7 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
 
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
                                      const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor,
-                                     std::string rule) {
+                                     std::string rule, int64_t keep) {
   const char* op = "gated_ffn";
   check_input(op, x);
   REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
@@ -48,6 +49,8 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
   const Rule kept_by = parse_rule(rule);
   REQUIRE(predictor.empty() || !whole_row(kept_by), op, ": rule '", rule,
           "' needs the gates of all neurons, so a predictor has none to skip; pass []");
+  REQUIRE(kept_by != Rule::topk || (keep >= 1 && keep <= neurons), op, ": keep is ", keep,
+          ", rule 'topk' takes 1 to F = ", neurons);
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
@@ -56,7 +59,7 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "down", down, {neurons, d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons);
-    run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, kept_by, y, counts);
+    run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, kept_by, keep, y, counts);
   });
   return {y, counts};
 }
@@ -83,6 +86,24 @@ Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::v
 
 Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
   return linears(x, {weight}, bias ? std::vector<Tensor>{*bias} : std::vector<Tensor>{});
+}
+
+std::tuple<Tensor, Tensor> sparse_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
+                                         const Tensor& threshold) {
+  const char* op = "sparse_linear";
+  check_input(op, x);
+  REQUIRE(weight.dim() == 2 && weight.size(1) >= 1, op, ": weight has shape ", shape_of(weight), ", expected [D, F]");
+  const int64_t inputs = x.size(1), outputs = weight.size(1);
+  check(op, "weight", weight, {inputs, outputs}, x.scalar_type());
+  if (bias) check(op, "bias", *bias, {outputs}, x.scalar_type());
+  check(op, "threshold", threshold, {inputs}, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), outputs});
+  Tensor counts = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
+  dispatch(x.scalar_type(), op, [&](auto type) {
+    using W = decltype(type);
+    run_sparse_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, data<const float>(threshold), y, counts);
+  });
+  return {y, counts};
 }
 
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
@@ -140,6 +161,7 @@ STABLE_TORCH_LIBRARY_IMPL(moyu, CPU, m) {
   m.impl("gated_ffn", TORCH_BOX(&moyu::gated_ffn));
   m.impl("linear", TORCH_BOX(&moyu::linear));
   m.impl("linears", TORCH_BOX(&moyu::linears));
+  m.impl("sparse_linear", TORCH_BOX(&moyu::sparse_linear));
   m.impl("attend", TORCH_BOX(&moyu::attend));
   m.impl("read_sum", TORCH_BOX(&moyu::read_sum));
 }

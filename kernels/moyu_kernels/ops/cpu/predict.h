@@ -28,18 +28,28 @@ inline float activate(Act act, float g) {
 }
 
 // As naive.RULES.
-enum class Rule { threshold, gate_threshold, relu, fatrelu, relu2, drelu, statistical_topk, statistical_topk_soft };
+enum class Rule {
+  threshold,
+  gate_threshold,
+  relu,
+  fatrelu,
+  relu2,
+  drelu,
+  statistical_topk,
+  statistical_topk_soft,
+  topk
+};
 
 Rule parse_rule(const std::string& name) {
-  constexpr const char* NAMES[] = {"threshold", "gate_threshold", "relu",            "fatrelu",
-                                   "relu2",     "drelu",          "statistical_topk", "statistical_topk_soft"};
-  for (int i = 0; i < 8; ++i)
+  constexpr const char* NAMES[] = {"threshold", "gate_threshold",   "relu",                  "fatrelu", "relu2",
+                                   "drelu",     "statistical_topk", "statistical_topk_soft", "topk"};
+  for (int i = 0; i < 9; ++i)
     if (name == NAMES[i]) return static_cast<Rule>(i);
   REQUIRE(false, "gated_ffn: rule '", name, "' is unknown; use threshold, gate_threshold, relu, fatrelu, relu2, drelu, ",
-          "statistical_topk or statistical_topk_soft");
+          "statistical_topk, statistical_topk_soft or topk");
 }
 
-inline bool whole_row(Rule rule) { return rule == Rule::statistical_topk || rule == Rule::statistical_topk_soft; }
+inline bool whole_row(Rule rule) { return rule >= Rule::statistical_topk; }
 
 // activate() in place on `count` values, a multiple of LANES: silu, by far the commonest, in vectors.
 inline void activate_all(Act act, float* g, int64_t count) {
@@ -63,7 +73,8 @@ struct Gate {
   float operator()(float g, int64_t f, float mean = 0.0f, float deviation = 0.0f) const {
     const float t = threshold[f], level = mean + t * deviation;
     switch (rule) {
-      case Rule::threshold: return activate(act, g);
+      case Rule::threshold:
+      case Rule::topk: return activate(act, g);
       case Rule::gate_threshold: return cut(activate(act, g), t);
       case Rule::fatrelu: return g > 0.0f && g >= t ? g : 0.0f;
       case Rule::relu2: return g > 0.0f ? g * g : 0.0f;

@@ -206,10 +206,10 @@ inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t r
   if (rows - row >= 1) tile(std::integral_constant<int, 1>());
 }
 
-// acc += a[0] * row[0], then a[1] * row[1], and so on: the order is that of one row at a time, whatever M is.
-// acc: fp32 in the order of `place`, padded to whole steps.
-template <class W, int M>
-inline void add_rows(float* acc, const float* a, Rows<W, M> w, int64_t d) {
+// acc += a[0] * row[0], then a[1] * row[1], and so on: the order is that of one row at a time, whatever M is. Fetches the
+// rows `ahead` while it works. acc: fp32 in the order of `place`, padded to whole steps.
+template <class W, int M, int A>
+inline void add_rows(float* acc, const float* a, Rows<W, M> w, Rows<W, A> ahead, int64_t d) {
   const auto step = [&](int64_t i, auto load_weights) {
     Vec v = load(acc + i), u = load(acc + i + LANES);
     for (int m = 0; m < M; ++m) {
@@ -222,7 +222,10 @@ inline void add_rows(float* acc, const float* a, Rows<W, M> w, int64_t d) {
     store(acc + i + LANES, u);
   };
   int64_t i = 0;
-  for (; i + STEP <= d; i += STEP) step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
+  for (; i + STEP <= d; i += STEP) {
+    fetch_step(ahead, i);
+    step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
+  }
   if (i < d) step(i, [&](const W* p, Vec& first, Vec& second) { load_tail(p, d - i, first, second); });
 }
 

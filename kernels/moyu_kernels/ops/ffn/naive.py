@@ -29,8 +29,10 @@ RULES = (
     "drelu",
     "statistical_topk",
     "statistical_topk_soft",
+    "topk",
 )
-WHOLE_ROW = ("statistical_topk", "statistical_topk_soft")  # rules that need the gates of all neurons: no predictor
+WHOLE_ROW = ("statistical_topk", "statistical_topk_soft", "topk")  # rules that compare all neurons: no predictor
+ON_GATE = tuple(rule for rule in RULES if rule not in ("threshold", "topk"))  # rules by which a gate drops its neuron
 SUBSTITUTES = ("relu", "fatrelu", "relu2", "drelu")  # rules that are another function, not a mask on the stock one
 
 # Tensors of a predictor by family, in the order in which the ops take them.
@@ -166,11 +168,11 @@ def ruled_gate(rule: str, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tens
     `relu(g - threshold)` (arXiv 2310.04564, 2406.05955); "fatrelu": g where `g > 0` and `g >= threshold` (ProSparse,
     arXiv 2402.13516); "relu2": `relu(g) ** 2` (arXiv 2402.03804); "statistical_topk": `act(g)` where g is above
     t = mean + threshold * deviation of g over the neurons; "statistical_topk_soft": `act(relu(g - t))` (Spark, arXiv
-    2506.06644); "threshold": `act(g)`.
+    2506.06644); "threshold" and "topk": `act(g)`.
 
     Args: g, stock `[..., F]`; act also for values of other neurons than g's; threshold `[F]` fp32.
     """
-    if rule == "threshold":
+    if rule not in ON_GATE:
         return stock
     if rule == "gate_threshold":
         return torch.where(stock.abs() >= threshold, stock, 0.0)
@@ -187,18 +189,26 @@ def ruled_gate(rule: str, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tens
     return act(torch.relu(wide - level).to(g.dtype))
 
 
-def ruled_activation(g: Tensor, u: Tensor, threshold: Tensor, act: str, rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    """a `[..., F]` of g's dtype, set to zero where it is not kept, and which neurons gate and rule keep, bool.
+def ruled_activation(
+    g: Tensor, u: Tensor, threshold: Tensor, act: str, rule: str, keep: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a `[..., F]` of g's dtype, set to zero where it is not kept, and of which neurons up and down are needed, bool.
 
     What is not a number is not kept.
 
-    Args: g, u `[..., F]`; threshold `[F]` fp32; act a name from `ACTIVATIONS`; rule one from `RULES`.
+    Args: g, u `[..., F]`; threshold `[F]` fp32; act a name from `ACTIVATIONS`; rule one from `RULES`; keep of "topk".
     """
     function = ACTIVATIONS[act]
     gate = ruled_gate(rule, g, function(g), function, threshold)
     a = gate * (torch.relu(u) if rule == "drelu" else u)
-    kept = (a.abs() >= (threshold if rule == "threshold" else 0.0)) & (a != 0)
-    return torch.where(kept, a, 0.0), gate.abs() > 0, kept
+    selected = gate.abs() > 0 if rule in ON_GATE else torch.ones_like(a, dtype=torch.bool)
+    least: Tensor | float = threshold if rule == "threshold" else 0.0
+    size = a.abs()
+    if rule == "topk":
+        size = (size / threshold).nan_to_num(-1.0, torch.inf)
+        least = size.topk(keep, dim=-1).values[..., -1:]
+    kept = (size >= least) & (a.abs() > 0)
+    return torch.where(kept, a, 0.0), selected, kept
 
 
 def gated_ffn(
@@ -210,24 +220,29 @@ def gated_ffn(
     act: str,
     predictor: list[Tensor],
     rule: str = "threshold",
+    keep: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`y = a @ down` with `a = act(x @ gate.T) * (x @ up.T)`, set to zero where it is not kept.
 
-    By default a neuron is kept where `abs(a) >= threshold`. The other rules put something else in place of `act(g)`
-    (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is given,
-    only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the dtype
-    of the weights is fp32; the output is cast back to the dtype of `x`.
+    By default a neuron is kept where `abs(a) >= threshold`, under "topk" where `abs(a) / threshold` is among the `keep`
+    largest of its row (all that are as large as the last of them). The other rules put something else in place of
+    `act(g)` (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is
+    given, only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the
+    dtype of the weights is fp32; the output is cast back to the dtype of `x`.
 
     Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32 (0 keeps all);
-        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`.
+        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`;
+        keep 1 to F under "topk".
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected, which are those whose up row is needed
-        (by the predictor; without one by the gate, or all F under the rule "threshold"), and neurons kept.
-    Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`.
+        (by the predictor; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
+    Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, or a `keep` out of range.
     """
     if predictor and rule in WHOLE_ROW:
         raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
-    a, passed, kept = ruled_activation(x.float() @ gate.float().T, x.float() @ up.float().T, threshold, act, rule)
-    selected = passed if rule != "threshold" else torch.ones_like(passed)
+    if rule == "topk" and not 1 <= keep <= len(gate):
+        raise ValueError(f"keep is {keep}, rule 'topk' takes 1 to F = {len(gate)}")
+    g, u = x.float() @ gate.float().T, x.float() @ up.float().T
+    a, selected, kept = ruled_activation(g, u, threshold, act, rule, keep)
     if predictor:
         op_family(predictor)
         function = ACTIVATIONS[act]

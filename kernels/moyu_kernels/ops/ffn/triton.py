@@ -161,6 +161,7 @@ def gated_ffn(
     act: str,
     predictor: list[Tensor],
     rule: str = "threshold",
+    keep: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, or 3 with a predictor.
 
@@ -190,6 +191,7 @@ def _(
     act: str,
     predictor: list[Tensor],
     rule: str = "threshold",
+    keep: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _check(x, gate, up, down, threshold, act, predictor, rule)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

@@ -1,0 +1,75 @@
+"""The linear layer that skips the weights of weak inputs."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from .modules import MAX_ROWS, SparseModule, check_mode, resolve_backend
+from .ops import cpu
+from .ops.linear import naive
+
+
+class SparseLinear(SparseModule):
+    """A linear layer that reads only the weights of inputs with `abs(x) >= threshold`. For inference only.
+
+    Up to 8 tokens run the op, more of them a dense matmul on masked inputs, on one copy of the weights. The parameters
+    keep their names, shapes and values; only the weight's memory layout changes: `[F, D]` with the inputs contiguous.
+
+    Args:
+        original: the layer whose parameters are taken.
+        threshold: fp32 `[D]`.
+        mode: "dense" keeps all inputs, "rule" and "predicted" are the same here.
+        backend: "cpu" or "reference".
+
+    The threshold keeps its dtype under `.to(dtype)`. `counts` int64 `[2]` sums up tokens and inputs kept over all
+    calls.
+
+    Raises: ValueError for unknown names, or a threshold that does not fit.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, original: nn.Linear, threshold: Tensor, mode: str = "rule", backend: str = "cpu") -> None:
+        super().__init__()
+        self.in_features, self.out_features = original.in_features, original.out_features
+        if threshold.shape != (self.in_features,) or threshold.dtype != torch.float32:
+            raise ValueError(
+                f"threshold is {threshold.dtype} {list(threshold.shape)}, the layer needs torch.float32 "
+                f"[{self.in_features}]; pass the tensor that was exported for this layer"
+            )
+        original.weight.data = original.weight.data.t().contiguous().t()
+        self.weight, self.bias = original.weight, original.bias
+        device = self.weight.device
+        self.register_buffer("threshold", threshold.to(device), persistent=False)
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self.set_mode(mode, backend)
+
+    def set_mode(self, mode: str, backend: str | None = None) -> Self:
+        check_mode(mode)
+        self.mode = mode
+        if backend is not None:
+            self.backend = resolve_backend(backend, self.weight.device)
+            if self.backend == "triton":
+                raise ValueError("sparse inputs have no triton op yet; use the backend cpu or reference")
+            if self.backend == "cpu":
+                cpu.load()
+            self._run: Any = torch.ops.moyu.sparse_linear.default if self.backend == "cpu" else naive.sparse_linear
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[..., D]`; returns `[..., F]` of its dtype."""
+        rows = x.numel() // self.in_features
+        threshold = torch.zeros_like(self.threshold) if self.mode == "dense" else self.threshold
+        self.counts[0] += rows
+        if rows > MAX_ROWS:
+            kept = (x.abs() >= threshold) & (x != 0)
+            self.counts[1] += kept.sum()
+            return functional.linear(torch.where(kept, x, 0.0), self.weight, self.bias)
+        y, counts = self._run(x.reshape(rows, self.in_features), self.weight.t(), self.bias, threshold)
+        self.counts[1] += counts.sum()
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, mode={self.mode}, backend={self.backend}"

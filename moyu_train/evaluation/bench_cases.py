@@ -1,0 +1,202 @@
+"""What `moyu bench ops` calls: cold random weights, inputs of a given density, and for each call the bytes it reads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as functional
+from moyu_kernels.ops.ffn import naive
+from torch import Tensor
+
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import line_bytes
+from moyu_train.evaluation.shapes import Shape
+
+COLD = 8  # copies of the weights are together so many times the last-level cache
+INPUTS = 31  # of different calls; prime, so that a copy of the weights meets another one whenever its turn comes
+PREDICTOR_SHARE = 0.03  # of the FFN's bytes, for the low-rank predictor
+RULES = ("threshold", "topk", "gate_threshold")
+FAMILIES = ("lowrank", "lowbit")
+
+
+@dataclass
+class Setting:
+    """One row to come: `call(copy, input)`, and what it reads and keeps for each of the inputs."""
+
+    op: str
+    backend: str
+    threads: int
+    call: Callable[[int, int], Any]
+    moved: list[float]
+    density: float = 1.0
+    union: float = 1.0
+    seconds: list[float] = field(default_factory=list)
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache.
+
+    Raises: MoyuError where the system does not say.
+    """
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    if not sizes:
+        raise MoyuError("the system does not say how large its caches are, so no weights are known to be cold")
+    return max(int(size[:-1]) * {"K": 2**10, "M": 2**20}[size[-1]] for size in sizes)
+
+
+class Weights:
+    """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`.
+
+    Raises: MoyuError where the memory does not hold as many as it takes.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        d, f = shape.hidden, shape.neurons
+        self.bytes = 3 * f * d * dtype.itemsize
+        count = -(-COLD * cache_bytes() // self.bytes)
+        self.count = count + (count % INPUTS == 0)
+        need, free = self.count * self.bytes + 2**31, psutil.virtual_memory().available
+        if need > free:
+            raise MoyuError(
+                f"{self.count} copies of the weights, {COLD} times the last-level cache, and the rest take "
+                f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB; close other programs"
+            )
+        generator = torch.Generator().manual_seed(0)
+        first = (torch.randn(3, f, d, generator=generator) / d**0.5).to(dtype)
+        self.copies = torch.empty(self.count, 3, f, d, dtype=dtype)
+        self.copies[:] = first
+        self.gate, self.up = (first[i].float() for i in range(2))
+
+    def __getitem__(self, copy: int) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = self.copies[copy]
+        return gate, up, down
+
+
+class Case:
+    """All settings of one size, dtype, batch and density, with their inputs.
+
+    Args: x: `[INPUTS * batch, D]`, the inputs of all calls; threads: of the dense settings; the largest is that of the
+        sparse ones and of the bandwidth.
+    """
+
+    def __init__(self, weights: Weights, x: Tensor, density: float, threads: Sequence[int]) -> None:
+        self.weights, self.density, self.threads = weights, density, threads
+        self.calls = x.view(INPUTS, -1, x.shape[-1]).unbind()
+        self.f, self.d = weights.gate.shape
+        self.row = line_bytes(self.d * x.element_size())
+        self.x, self.g, self.u = x, x.float() @ weights.gate.T, x.float() @ weights.up.T
+
+    def dense(self) -> list[Setting]:
+        """PyTorch's linear layers, our linear ops and our FFN op that keeps all, at each thread count."""
+        zero = torch.zeros(self.f)
+
+        def torch_linears(copy: int, i: int) -> Tensor:
+            gate, up, down = self.weights[copy]
+            x = self.calls[i]
+            # Random weights are as good in any shape: here down is [D, F], as stock models store it.
+            return functional.linear(
+                functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down.view(self.d, self.f)
+            )
+
+        def our_linears(copy: int, i: int) -> Tensor:
+            gate, up, down = self.weights[copy]
+            g, u = torch.ops.moyu.linears.default(self.calls[i], [gate, up], []).chunk(2, dim=1)
+            return torch.ops.moyu.linear.default(functional.silu(g) * u, down.view(self.d, self.f), None)
+
+        def our_ffn(copy: int, i: int) -> Any:
+            return torch.ops.moyu.gated_ffn.default(self.calls[i], *self.weights[copy], zero, "silu", [])
+
+        moved = [float(self.weights.bytes)] * INPUTS
+        kinds = (
+            ("ffn_dense", "torch", torch_linears),
+            ("ffn_linears", "cpu", our_linears),
+            ("ffn_dense", "cpu", our_ffn),
+        )
+        return [Setting(op, backend, n, call, moved) for op, backend, call in kinds for n in self.threads]
+
+    def sparse(self) -> Iterator[Setting]:
+        """Every rule and every family of predictors, its threshold or bias set so that `density` is kept."""
+        silu = naive.ACTIVATIONS["silu"]
+        for rule in RULES:
+            ranked = (silu(self.g) if rule == "gate_threshold" else silu(self.g) * self.u).abs()
+            if rule == "topk":
+                level, keep = 1.0, max(round(self.density * self.f), 1)
+                kept = ranked >= ranked.topk(keep).values[:, -1:]
+            else:
+                level, keep = _level(ranked, self.density), 0
+                kept = ranked >= level
+            yield self._setting(f"ffn_{rule}", kept, torch.full((self.f,), level), [], rule, keep)
+        for family in FAMILIES:
+            predictor = random_predictor(family, self.d, self.f, self.x.element_size())
+            scores = naive.predictor_scores(self.x, predictor, silu)
+            level = _level(scores, self.density)
+            predictor[-1] -= level
+            yield self._setting(f"ffn_{family}", scores > level, torch.zeros(self.f), predictor, "threshold")
+
+    def linear(self) -> tuple[list[Setting], Setting]:
+        """A linear layer with sparse inputs beside dense ones; any matrix of a copy serves, as `[F, D]` or `[D, F]`."""
+        level = _level(self.x.abs().float(), self.density)
+        kept = self.x.abs().float() >= level
+        union = kept.view(INPUTS, -1, self.d).any(1).sum(-1)
+        row, threshold = line_bytes(self.f * self.x.element_size()), torch.full((self.d,), level)
+
+        def torch_linear(copy: int, i: int) -> Tensor:
+            return functional.linear(self.calls[i], self.weights[copy][i % 3])
+
+        def our_linear(copy: int, i: int) -> Tensor:
+            return torch.ops.moyu.linear.default(self.calls[i], self.weights[copy][i % 3], None)
+
+        def sparse_linear(copy: int, i: int) -> Any:
+            weight = self.weights[copy][i % 3].view(self.d, self.f)
+            return torch.ops.moyu.sparse_linear.default(self.calls[i], weight, None, threshold)
+
+        dense = [float(self.weights.bytes // 3)] * INPUTS
+        kinds = (("torch", torch_linear), ("cpu", our_linear))
+        settings = [Setting("linear", backend, n, call, dense) for backend, call in kinds for n in self.threads]
+        moved = (row * union.double() + 4 * self.d).tolist()
+        density, together = kept.float().mean().item(), (union / self.d).mean().item()
+        return settings, Setting("sparse_linear", "cpu", max(self.threads), sparse_linear, moved, density, together)
+
+    def _setting(
+        self, op: str, kept: Tensor, threshold: Tensor, predictor: list[Tensor], rule: str, keep: int = 0
+    ) -> Setting:
+        """kept: bool `[INPUTS * batch, F]`."""
+        union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
+        selected = union if predictor or rule == "gate_threshold" else torch.full_like(union, self.f)
+        gates = union if predictor else torch.full_like(union, self.f)
+        constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor))
+
+        def call(copy: int, i: int) -> Any:
+            return torch.ops.moyu.gated_ffn.default(
+                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep
+            )
+
+        moved = (self.row * (gates + selected + union).double() + constant).tolist()
+        return Setting(
+            op, "cpu", max(self.threads), call, moved, kept.float().mean().item(), (union / self.f).mean().item()
+        )
+
+
+def _level(values: Tensor, density: float) -> float:
+    """What a share `density` of the values lies above."""
+    count = max(round((1 - density) * values.numel()), 1)
+    return values.flatten().kthvalue(count).values.item()
+
+
+def random_predictor(family: str, hidden: int, neurons: int, itemsize: int) -> list[Tensor]:
+    """Tensors of a predictor as `naive.PREDICTORS` names them, their bias 0; low rank: 3 % of the FFN's bytes."""
+    generator = torch.Generator().manual_seed(1)
+    if family == "lowrank":
+        rank = max(round(PREDICTOR_SHARE * 3 * hidden * neurons * itemsize / (hidden + neurons)), 1)
+        w1, w2 = (
+            torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
+            for size in ((rank, hidden), (neurons, rank))
+        )
+        s1, s2 = torch.full((rank,), 0.01 / hidden**0.5), torch.full((neurons,), 0.01 / rank**0.5)
+        return [w1, s1, w2, s2, torch.zeros(neurons)]
+    size, scale = (neurons, -(-hidden // 4)), torch.full((neurons,), 0.5 / hidden**0.5)
+    gate, up = (torch.randint(0, 256, size, generator=generator, dtype=torch.uint8) for _ in range(2))
+    return [gate, scale, up, scale.clone(), torch.ones(neurons), torch.zeros(neurons)]

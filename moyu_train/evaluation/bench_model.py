@@ -1,0 +1,162 @@
+"""Rows of `moyu bench model`: whole models, a sparse checkpoint's or with random weights of a real model's sizes."""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from moyu_kernels.modules import SparseGatedFFN
+from moyu_kernels.ops.ffn import naive
+from torch import Tensor, nn
+
+from moyu_train.checkpoints.folder import bench_folder
+from moyu_train.evaluation.bench import make_decoders, time_decoders
+from moyu_train.evaluation.bench_cases import random_predictor
+from moyu_train.evaluation.bench_rows import make_row
+from moyu_train.evaluation.shapes import Shape
+from moyu_train.models.blocks import find_blocks
+from moyu_train.recipe import Recipe
+from moyu_train.settings import Bench
+
+FAMILY = "lowbit"  # of the predictors of random models
+BACKENDS = {"dense_eager": "torch", "dense_compiled": "torch_compile", "dense_runner": "cpu", "sparse": "cpu"}
+
+
+def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dict[str, Any]]:
+    """A sparse checkpoint on held-out text, as it decodes."""
+    load_average = os.getloadavg()[0]
+    found = bench_folder(folder, recipe.model_copy(update={"bench": settings}))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    blocks = config["moyu"]["blocks"]
+    described = {
+        "dtype": config["dtype"],
+        "D": blocks[0]["hidden"],
+        "F": blocks[0]["neurons"],
+        "layers": len(blocks),
+        "layers_of_model": len(blocks),
+        "shape": folder.name,
+        "weights": str(folder),
+        "load_seconds": found["load_seconds"],
+        "peak_memory_bytes": found["peak_memory_bytes"],
+        "load_average": load_average,
+    }
+    return [row | described for row in decode_rows(found["rows"], settings)]
+
+
+def bench_shape_rows(
+    name: str, shape: Shape, dtypes: Sequence[torch.dtype], densities: Sequence[float], settings: Bench
+) -> list[dict[str, Any]]:
+    """A model with random weights and predictors, whose cuts keep each of `densities` of random text."""
+    load_average, before = os.getloadavg()[0], torch.get_num_threads()
+    buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
+    context = settings.contexts[0]
+    length = context + settings.new_tokens + 1
+    text = torch.randint(shape.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+    rows = []
+    try:
+        for dtype in dtypes:
+            dense, dense_runner, sparse = random_models(shape, dtype)
+            inputs = ffn_inputs(dense, text)
+            decoders = make_decoders(sparse, dense, dense_runner, length, settings)
+            described = {
+                "dtype": str(dtype).removeprefix("torch."),
+                "D": shape.hidden,
+                "F": shape.neurons,
+                "layers": shape.built or shape.layers,
+                "layers_of_model": shape.layers,
+                "shape": name,
+                "weights": "random",
+                "load_average": load_average,
+            }
+            for density in densities:
+                set_density(sparse, inputs, density)
+                found = time_decoders(decoders, sparse, dense, text, context, settings, buffer)
+                rows += [row | described for row in decode_rows(found, settings)]
+    finally:
+        torch.set_num_threads(before)
+        torch.compiler.reset()
+    return rows
+
+
+def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, Any]]:
+    """Rows of `time_decoders` under the names of docs/kernels.md, each beside the best dense one of its context."""
+    rows = []
+    for row in found:
+        dense = [other for other in found if other["context"] == row["context"] and other["setting"] != "sparse"]
+        best = max(dense, key=lambda other: other["tokens_per_second"])
+        rows.append(
+            {
+                "op": f"decode_{row['setting']}",
+                "backend": BACKENDS[row["setting"]],
+                "batch": 1,
+                "density": row["density"],
+                **make_row(
+                    row["seconds_per_token"],
+                    row["bytes"],
+                    best["bytes"],
+                    best["seconds_per_token"],
+                    [row["bandwidth_gb_s"]],
+                ),
+                "threads": row["threads"],
+                "context": row["context"],
+                "bytes_skipped": row["bytes_skipped"],
+                "first_token_seconds": row["first_token_seconds"],
+                "rounds": settings.rounds,
+            }
+        )
+    return rows
+
+
+def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """One model as dense, dense for a runner and sparse, on the same parameters but for the sparse one's down."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }
+    config, model = kinds[shape.family]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        dense = model(config(**shape.config(), dtype=dtype)).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    shared = [*dense.parameters()]
+    dense_runner, sparse = (copy.deepcopy(dense, {id(parameter): parameter for parameter in shared}) for _ in range(2))
+    for block in find_blocks(sparse):
+        mlp: Any = block.module
+        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.clone(), requires_grad=False)
+        predictor = random_predictor(FAMILY, shape.hidden, shape.neurons, dtype.itemsize)
+        projections = {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        ffn = SparseGatedFFN(projections, "silu", torch.zeros(shape.neurons), predictor)
+        parent, _, name = block.path.rpartition(".")
+        setattr(sparse.get_submodule(parent), name, ffn)
+    return dense, dense_runner, sparse
+
+
+@torch.no_grad()
+def ffn_inputs(model: Any, text: Tensor) -> list[Tensor]:
+    """What each FFN block reads, `[T, D]` a block, on `text` `[T]`."""
+    found: list[Tensor] = []
+    hooks = [
+        block.module.register_forward_pre_hook(lambda _, args: found.append(args[0][0])) for block in find_blocks(model)
+    ]
+    model(input_ids=text[None])
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def set_density(sparse: Any, inputs: list[Tensor], density: float) -> None:
+    """Move the predictors' biases, in place, so that they select `density` of the neurons on these inputs."""
+    blocks = [module for module in sparse.modules() if isinstance(module, SparseGatedFFN)]
+    for block, x in zip(blocks, inputs, strict=True):
+        predictor = block.predictor
+        predictor[-1].zero_()
+        scores = naive.predictor_scores(x, predictor, naive.ACTIVATIONS["silu"]).flatten()
+        predictor[-1].fill_(-scores.kthvalue(max(round((1 - density) * len(scores)), 1)).values.item())
