@@ -1,4 +1,6 @@
 // The linear layer that reads only the weight rows of inputs in use.
+//
+// Threads claim slabs of columns, so an output is one sum over its row's kept inputs in order, whoever computes it.
 #pragma once
 
 #include <cmath>
@@ -7,53 +9,54 @@
 
 namespace moyu {
 
+constexpr int64_t SLAB = 1024;  // most columns of one slab
+
 template <class W>
 void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, const float* threshold, Tensor& y,
                        Tensor& counts) {
-  const int64_t rows = x.size(0), inputs = x.size(1), d = weight.size(1), stride = padded(d), width = padded(inputs);
-  const int64_t block = inputs <= 1024 ? BLOCK / 2 : BLOCK, ranges = (inputs + block - 1) / block;
-  static thread_local std::vector<float> scratch;
-  static thread_local std::vector<int32_t> tally;
-  scratch.resize(rows * (width + ranges * stride));
-  tally.resize(ranges * rows);
-  float *wide = scratch.data(), *partial = wide + rows * width;
-  int32_t* kept = tally.data();
-  widen_input<W, float>(x, wide, width);
-  const W* w = data<const W>(weight);
-
-  Claims claims(ranges);
-  claims.run([&](int64_t thread) {
-    RowSums<W> sums(rows, stride, d, true);
-    for (int64_t range; (range = claims.claim(thread)) >= 0;) {
-      Selection s;
-      s.first = range * block;
-      s.size = std::min(block, inputs - s.first);
-      float* sum = partial + range * rows * stride;
-      std::fill(sum, sum + rows * stride, 0.0f);
-      for (int64_t j = 0; j < s.size; ++j) {
-        const int64_t f = s.first + j;
-        float a[MAX_ROWS];
-        s.mask[j] = 0;
-        for (int64_t n = 0; n < rows; ++n) {
-          a[n] = wide[n * width + f];
-          s.mask[j] |= (std::fabs(a[n]) >= threshold[f] && a[n] != 0.0f) << n;
-        }
-        if (s.mask[j]) sums.push(w + f * d, s.mask[j], a, sum);
-      }
-      s.count(rows, kept + range * rows, 1);
-    }
-    sums.finish();
-  });
-
-  W* out = data<W>(y);
+  const int64_t rows = x.size(0), inputs = x.size(1), d = weight.size(1), width = padded(inputs);
+  const int64_t share = padded((d + 1) / (2 * std::max<int64_t>(torch::stable::get_num_threads(), 1)));
+  const int64_t slab = std::clamp(share, 2 * STEP, SLAB), slabs = (d + slab - 1) / slab;
+  struct Input {
+    const W* row;
+    uint8_t mask;  // bit n: row n of x keeps it
+    float a[MAX_ROWS];
+  };
+  static thread_local std::vector<float> wide, scratch;
+  static thread_local std::vector<Input> kept;
+  wide.resize(rows * width);
+  widen_input<W, float>(x, wide.data(), width);
+  scratch.resize(slabs * rows * slab);
+  kept.clear();
   int32_t* total = data<int32_t>(counts);
   std::fill(total, total + rows, 0);
-  for (int64_t i = 0; i < ranges * rows; ++i) total[i % rows] += kept[i];
-  add_partials<W>(
-      partial, ranges, rows, stride, d, [&](int64_t range, int64_t n) { return kept[range * rows + n] > 0; },
-      [&](int64_t n, int64_t i, float sum) {
-        out[n * d + i] = static_cast<W>(bias ? sum + static_cast<float>(bias[i]) : sum);
-      });
+  for (int64_t f = 0; f < inputs; ++f) {
+    Input input{data<const W>(weight) + f * d, 0, {}};
+    for (int64_t n = 0; n < rows; ++n) {
+      input.a[n] = wide[n * width + f];
+      const bool used = std::fabs(input.a[n]) >= threshold[f] && input.a[n] != 0.0f;
+      input.mask |= used << n;
+      total[n] += used;
+    }
+    if (input.mask) kept.push_back(input);
+  }
+
+  const std::vector<Input>& all = kept;
+  float* sums_of_slabs = scratch.data();
+  W* out = data<W>(y);
+  for_ranges(slabs, [&](int64_t i) {
+    const int64_t first = i * slab, size = std::min(slab, d - first);
+    float* sum = sums_of_slabs + i * rows * slab;
+    std::fill(sum, sum + rows * slab, 0.0f);
+    RowSums<W> sums(rows, slab, size, true);
+    for (const Input& input : all) sums.push(input.row + first, input.mask, input.a, sum);
+    sums.finish();
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t k = 0; k < size; ++k) {
+        const float value = sum[n * slab + place<W>(k)];
+        out[n * d + first + k] = static_cast<W>(bias ? value + static_cast<float>(bias[first + k]) : value);
+      }
+  });
 }
 
 }  // namespace moyu
