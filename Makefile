@@ -10,7 +10,7 @@ quickstart: install demo-model  ## the main job on a real model, then its result
 
 test: install  ## lint, types and the tests that fit into minutes
 	$(MAKE) lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-slow: install  ## the full matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto

@@ -46,9 +46,9 @@ VARIANTS = {  # processes, sequences per process and micro-batch, micro-batches 
 }
 # The same with more at work: adapters alone train, thresholds move, predictors select, or texts are padded on the left.
 MODES = {
-    "lora": ("8x1", "1x8", "ddp", "zero3"),
-    "moving": ("8x1", "1x8", "ddp"),
-    "predicted": ("8x1", "ddp"),
+    "lora": ("8x1", "ddp-1x4", "zero3"),
+    "moving": ("8x1", "ddp-1x4"),
+    "predicted": ("8x1", "ddp-1x4"),
     "left": ("8x1",),
 }
 VARIANTS |= {f"{mode}_{variant}": VARIANTS[variant] for mode, variants in MODES.items() for variant in variants}

@@ -95,7 +95,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
             if "zero" not in variant:  # with it accelerate would quietly run DDP in place of DeepSpeed
                 environment["ACCELERATE_USE_CPU"] = "true"
             result = subprocess.run(
-                [*command, mutant, penalty], env=environment, capture_output=True, text=True, timeout=120
+                [*command, mutant, penalty], env=environment, capture_output=True, text=True, timeout=300
             )
             assert result.returncode == 0, result.stderr[-3000:]
         tensors = load_file(path)
@@ -178,7 +178,7 @@ def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -
     gradients = whole.gradients
     rest = {name: gradients[name] - without[name] for name in gradients}
     assert norm(rest) > 0.3 * norm(gradients)
-    for variant in ("1x8", "checkpointing", "ddp-1x4"):
+    for variant in ("checkpointing", "ddp-1x4"):
         found = launch(variant, penalty=penalty)
         assert distance(found.gradients, gradients) < 1e-5, variant
         assert distance(found.weights, whole.weights) < 1e-4, variant

@@ -167,7 +167,7 @@ def test_combinations_are_checked_before_weights_load(
     assert "rank 33 is above the hidden size 32" in fails(tmp_path, settings, capsys)
     settings["sparsifier"] = {"name": "statistical_topk"}
     settings["predictor"]["rank"] = 32
-    assert "takes its level from the gates of all neurons" in fails(tmp_path, settings, capsys)
+    assert "compares all neurons of a token" in fails(tmp_path, settings, capsys)
     settings["sparsifier"] = {"name": "threshold"}
     settings["calibrate"]["bytes_skipped"] = 0.9
     assert "the predictors alone are" in fails(tmp_path, settings, capsys)

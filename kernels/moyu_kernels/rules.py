@@ -68,7 +68,7 @@ class Rule:
     @property
     def op(self) -> str | None:
         """The name under which the ops compute this rule, in a gated FFN, and skip what it drops; None: simulated."""
-        if (self.gate, self.up) == ("stock", "stock") and self.keep != "nonzero":
+        if (self.gate, self.up) == ("stock", "stock") and self.keep in ("threshold", "topk"):
             return self.keep
         if self.keep != "nonzero" or self.gate == "stock":
             return None

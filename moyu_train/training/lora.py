@@ -97,7 +97,7 @@ def dequantise(adapted: Any) -> None:
     """Plain linear layers again, with the weights that the 4-bit ones stand for."""
     for layer in _wrapped(adapted):
         twin = layer.get_base_layer()
-        if type(twin) is nn.Linear:
+        if not hasattr(twin.weight, "quant_state"):
             continue
         from bitsandbytes.functional import dequantize_4bit
 
