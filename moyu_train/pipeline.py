@@ -17,26 +17,16 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from moyu_kernels.loading import simulated_because
-from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 
 from moyu_train import __version__, data, own_text
+from moyu_train.checks import check_methods, check_model, check_parent
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.extras import check_extras
 from moyu_train.files import check_writable, sha256, write_json, write_text
-from moyu_train.models.blocks import ffn_bytes, find_blocks, find_inputs
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
-from moyu_train.models.marker import base_activation, check_marker
-from moyu_train.penalties import PENALTIES
-from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import CONTROL, Recipe
-from moyu_train.registry import resolve
-from moyu_train.sparsifiers import SPARSIFIERS
-from moyu_train.training.allocation import check_allocation
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
-from moyu_train.training.lora import check_quantise
 
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
 
@@ -104,19 +94,11 @@ class Run:
         self.recipe = recipe
         self.folder = Path(recipe.run)
         start_processes()
-        sparsifier, _ = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-        if recipe.predictor:
-            resolve("predictor", recipe.predictor, PREDICTORS)
-        if recipe.penalty:
-            penalty, _ = resolve("penalty", recipe.penalty, PENALTIES)
-            if penalty.needs_threshold and sparsifier.calibrates != "activation":
-                raise MoyuError(
-                    f"penalty.name {penalty.name!r} needs a rule with a threshold on the activation, and sparsifier "
-                    f"{sparsifier.name!r} has none; use the sparsifier 'threshold', or the penalty 'l1' or 'hoyer'"
-                )
+        check_methods(recipe)
         check_writable(self.folder, 0)
-        self.check()
-        self.check_parent()
+        check_model(recipe, self.skeleton)
+        if recipe.finetune.parent not in ("", CONTROL):
+            check_parent(recipe.finetune.parent, self.skeleton, lambda: skeleton(self._parent))
 
     @cached_property
     def source(self) -> str:
@@ -130,80 +112,6 @@ class Run:
     @cached_property
     def skeleton(self) -> Any:
         return skeleton(self.source, self.recipe.described)
-
-    def check(self) -> None:
-        """Refuse what this recipe cannot do with this model, before its weights are loaded."""
-        check_extras(self.recipe.evaluate)
-        check_quantise(self.recipe.finetune.lora)
-        blocks = find_blocks(self.skeleton)
-        check_marker(self.skeleton.config)
-        cls, options = resolve("sparsifier", self.recipe.sparsifier, SPARSIFIERS)
-        cls.check(blocks)
-        check_allocation(cls, self.recipe)
-        if self.recipe.inputs:
-            method, _ = resolve("inputs", self.recipe.inputs, SPARSIFIERS)
-            method.check(find_inputs(self.skeleton, self.recipe.inputs.modules))
-        rule = cls(options, [torch.ones(1)], 1 - self.recipe.target_sparsity).rules[0]
-        for name in ("finetune", "evaluate"):
-            window = getattr(self.recipe, name).window
-            if rule.prompt >= window:
-                raise MoyuError(
-                    f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
-                    f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
-                )
-        if rule.op is None and (self.recipe.bench or self.recipe.predictor):
-            raise MoyuError(
-                f"sparsifier {cls.name!r} has no kernel yet, so there is nothing that a predictor could skip and no "
-                "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or another "
-                "sparsifier, such as 'threshold'"
-            )
-        act = rule.stock_activation or base_activation(self.skeleton.config)
-        for block in blocks if self.recipe.bench or self.recipe.predictor else []:
-            reason = simulated_because(block.module, block.describe(), act, rule)
-            if reason:
-                raise MoyuError(
-                    f"the kernels cannot skip anything in {block.path}, since {reason}: there is no speed to measure; "
-                    "use predictor: null and bench: null (--predictor null --bench null)"
-                )
-        if self.recipe.predictor is None:
-            return
-        if rule.op in WHOLE_ROW:
-            raise MoyuError(
-                f"sparsifier {cls.name!r} compares all neurons of a token, so a predictor has none to "
-                "skip: use predictor: null (--predictor null), or another sparsifier, such as 'gate_threshold'"
-            )
-        cls, options = resolve("predictor", self.recipe.predictor, PREDICTORS)
-        if cls.form in SIMULATED:
-            if self.recipe.bench:
-                raise MoyuError(
-                    f"predictor {cls.name!r} has no kernel yet, so there is no speed to measure: use bench: null "
-                    "(--bench null), or another predictor, such as 'lowbit'"
-                )
-            console.print(f"predictor {cls.name!r} is simulated: masks on a dense model, nothing is skipped")
-        itemsize = getattr(torch, self.recipe.export.dtype).itemsize
-        dense = sum(ffn_bytes(block, itemsize) for block in blocks)
-        share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
-        target = self.recipe.calibrate.bytes_skipped
-        if share + target >= 1:
-            raise MoyuError(
-                f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
-                "FFN's bytes; lower it, or make the predictor smaller"
-            )
-
-    def check_parent(self) -> None:
-        asked = self.recipe.finetune.parent
-        if asked in ("", CONTROL):
-            return
-        try:
-            parent = skeleton(self._parent)
-        except MoyuError as error:
-            raise MoyuError(f"finetune.parent: {error}; train it first, or give a dense model that is there") from error
-        own, other = (model.config.get_text_config().vocab_size for model in (self.skeleton, parent))
-        if own != other:
-            raise MoyuError(
-                f"finetune.parent {asked!r} has a vocabulary of {other} tokens and the model one of {own}, so their "
-                "distributions cannot be compared; give a parent of the same family"
-            )
 
     @cached_property
     def _parent(self) -> str:

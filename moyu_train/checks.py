@@ -1,0 +1,118 @@
+"""What a recipe cannot do with a model is refused here, before any weights are loaded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from moyu_kernels.loading import simulated_because
+from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
+from moyu_kernels.rules import Rule
+
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.extras import check_extras
+from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, find_inputs
+from moyu_train.models.marker import base_activation, check_marker
+from moyu_train.penalties import PENALTIES
+from moyu_train.predictors import PREDICTORS
+from moyu_train.progress import console
+from moyu_train.recipe import Recipe
+from moyu_train.registry import resolve
+from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.allocation import check_allocation
+from moyu_train.training.lora import check_quantise
+
+
+def check_methods(recipe: Recipe) -> None:
+    """The options of all methods, and whether they go together."""
+    sparsifier, _ = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    if recipe.predictor:
+        resolve("predictor", recipe.predictor, PREDICTORS)
+    if recipe.penalty:
+        penalty, _ = resolve("penalty", recipe.penalty, PENALTIES)
+        if penalty.needs_threshold and sparsifier.calibrates != "activation":
+            raise MoyuError(
+                f"penalty.name {penalty.name!r} needs a rule with a threshold on the activation, and sparsifier "
+                f"{sparsifier.name!r} has none; use the sparsifier 'threshold', or the penalty 'l1' or 'hoyer'"
+            )
+    check_allocation(sparsifier, recipe)
+    check_quantise(recipe.finetune.lora)
+    check_extras(recipe.evaluate)
+
+
+def check_model(recipe: Recipe, model: Any) -> None:
+    """model: without weights."""
+    blocks = find_blocks(model)
+    check_marker(model.config)
+    cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
+    cls.check(blocks)
+    if recipe.inputs:
+        method, _ = resolve("inputs", recipe.inputs, SPARSIFIERS)
+        method.check(find_inputs(model, recipe.inputs.modules))
+    rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
+    for name in ("finetune", "evaluate"):
+        window = getattr(recipe, name).window
+        if rule.prompt >= window:
+            raise MoyuError(
+                f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
+                f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
+            )
+    if recipe.bench or recipe.predictor:
+        _check_kernels(cls.name, rule, rule.stock_activation or base_activation(model.config), blocks)
+    if recipe.predictor:
+        _check_predictor(recipe, cls.name, rule, blocks)
+
+
+def _check_kernels(sparsifier: str, rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
+    if rule.op is None:
+        raise MoyuError(
+            f"sparsifier {sparsifier!r} has no kernel yet, so there is nothing that a predictor could skip and no "
+            "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or another "
+            "sparsifier, such as 'threshold'"
+        )
+    for block in blocks:
+        reason = simulated_because(block.module, block.describe(), act, rule)
+        if reason:
+            raise MoyuError(
+                f"the kernels cannot skip anything in {block.path}, since {reason}: there is no speed to measure; "
+                "use predictor: null and bench: null (--predictor null --bench null)"
+            )
+
+
+def _check_predictor(recipe: Recipe, sparsifier: str, rule: Rule, blocks: list[FFNBlock]) -> None:
+    if rule.op in WHOLE_ROW:
+        raise MoyuError(
+            f"sparsifier {sparsifier!r} compares all neurons of a token, so a predictor has none to "
+            "skip: use predictor: null (--predictor null), or another sparsifier, such as 'gate_threshold'"
+        )
+    assert recipe.predictor
+    cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
+    if cls.form in SIMULATED:
+        if recipe.bench:
+            raise MoyuError(
+                f"predictor {cls.name!r} has no kernel yet, so there is no speed to measure: use bench: null "
+                "(--bench null), or another predictor, such as 'lowbit'"
+            )
+        console.print(f"predictor {cls.name!r} is simulated: masks on a dense model, nothing is skipped")
+    itemsize = getattr(torch, recipe.export.dtype).itemsize
+    dense = sum(ffn_bytes(block, itemsize) for block in blocks)
+    share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
+    target = recipe.calibrate.bytes_skipped
+    if share + target >= 1:
+        raise MoyuError(
+            f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
+            "FFN's bytes; lower it, or make the predictor smaller"
+        )
+
+
+def check_parent(name: str, model: Any, load: Callable[[], Any]) -> None:
+    """Args: name: as `finetune.parent` gives it; model, and what `load` returns: without weights."""
+    try:
+        parent = load()
+    except MoyuError as error:
+        raise MoyuError(f"finetune.parent: {error}; train it first, or give a dense model that is there") from error
+    own, other = (m.config.get_text_config().vocab_size for m in (model, parent))
+    if own != other:
+        raise MoyuError(
+            f"finetune.parent {name!r} has a vocabulary of {other} tokens and the model one of {own}, so their "
+            "distributions cannot be compared; give a parent of the same family"
+        )
