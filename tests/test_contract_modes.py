@@ -1,0 +1,61 @@
+"""The contract with more at work: adapters, moving thresholds, predictors, padding on the left, statistics."""
+
+from collections.abc import Callable
+
+import contract
+import pytest
+import torch
+from launched import ENGINES, distance, marked, norm, reference
+
+VARIANTS = [f"{mode}_{variant}" for mode, variants in contract.MODES.items() for variant in variants]
+WHOLE = ("lora_8x1", "moving_8x1", "predicted_8x1")  # what the others of their mode are compared with
+
+
+@pytest.mark.parametrize("variant", marked(VARIANTS))
+def test_gradients_are_those_of_the_formulas(launch: Callable, variant: str) -> None:
+    mode, plain = variant.split("_")
+    seen = launch(variant)
+    expected, _ = reference(mode)
+    assert distance(seen.gradients, expected) < 1e-5
+    model = "PeftModel" if mode == "lora" else "LlamaForCausalLM"
+    assert seen.engine == ENGINES.get(plain.split("-")[0], model)
+
+
+@pytest.mark.parametrize(
+    "variant", marked([variant for variant in VARIANTS if variant == "left_8x1" or "8x1" not in variant])
+)
+def test_runs_end_at_the_same_weights(launch: Callable, variant: str) -> None:
+    mode, _ = variant.split("_")
+    first, second = launch("8x1" if mode == "left" else f"{mode}_8x1"), launch(variant)
+    model = contract.tiny_model()
+    start = dict((contract.adapted(model) if mode == "lora" else model).named_parameters())
+    assert min((weight - start[name]).norm().item() for name, weight in first.weights.items()) > 0
+    assert distance(second.weights, first.weights) < 1e-4
+    torch.testing.assert_close(second.losses, first.losses, rtol=1e-4, atol=0)
+
+
+def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
+    one = launch("moving_8x1").thresholds
+    for variant in contract.MODES["moving"]:
+        for name, threshold in launch(f"moving_{variant}").thresholds.items():
+            torch.testing.assert_close(threshold, one[name], rtol=1e-5, atol=0)
+            assert (threshold / contract.THRESHOLD - 1).abs().min() > 0.05, "it did not move"
+
+
+@pytest.mark.parametrize("penalty", contract.INERTIA_COEFFICIENT)
+def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
+    """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
+    whole, without = launch("8x1", penalty=penalty), launch("8x1", "off", penalty).gradients
+    gradients = whole.gradients
+    rest = {name: gradients[name] - without[name] for name in gradients}
+    assert norm(rest) > 0.3 * norm(gradients)
+    for variant in ("checkpointing", "ddp-1x4"):
+        found = launch(variant, penalty=penalty)
+        assert distance(found.gradients, gradients) < 1e-5, variant
+        assert distance(found.weights, whole.weights) < 1e-4, variant
+
+
+def test_statistics_of_one_process_alone_would_be_noticed(launch: Callable) -> None:
+    whole = launch("8x1", penalty="lag_decorrelation")
+    own = launch("ddp-1x4", contract.OWN_STATISTICS, "lag_decorrelation")
+    assert distance(own.weights, whole.weights) > 1e-4
