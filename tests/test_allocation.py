@@ -105,8 +105,10 @@ def test_layers_are_held_where_they_were_put(method: str) -> None:
         assert moved[1] == pytest.approx(1.0, abs=0.02)
 
 
-def test_methods_without_a_level_and_targets_out_of_reach_are_refused() -> None:
-    with pytest.raises(MoyuError, match=r"topk.*has none"):
-        sparsify(tiny_model(), recipe(allocation=GREEDY, sparsifier={"name": "topk"}), DOCUMENTS)
+@pytest.mark.parametrize("name", ["topk", "tda"])
+def test_methods_without_a_level_and_targets_out_of_reach_are_refused(name: str) -> None:
+    for method in ("greedy", "learned"):
+        with pytest.raises(MoyuError, match=rf"'{method}' needs a sparsifier .* '{name}' is none"):
+            sparsify(tiny_model(), recipe(allocation={"method": method}, sparsifier={"name": name}), DOCUMENTS)
     with pytest.raises(RecipeError, match=r"above allocation\.most"):
         load_recipe("x", ["--target_sparsity", "0.99", "--allocation.method", "greedy"])

@@ -20,6 +20,7 @@ from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.settings import Method
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.control import SparsityControl
 from moyu_train.training.rule import calibrate_rule
 
 DOCUMENTS = Documents([torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(i)) for i in range(6)])
@@ -88,6 +89,31 @@ def test_decoding_in_pieces_uses_the_mask_of_the_whole(tmp_path: Path, name: str
         for _ in range(6):
             again = torch.cat([again, model(again).logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(generated, again)
+
+
+@pytest.mark.parametrize("prompt", [3, 12])  # shorter and longer than what masks are taken from
+def test_the_runner_sees_the_masks_change(tmp_path: Path, caplog: pytest.LogCaptureFixture, prompt: int) -> None:
+    model = tiny_model()
+    sparsifier = calibrated("griffin", model)
+    with SparseMasks(model, sparsifier.rules, None):
+        expected = model(IDS[:1]).logits
+    export(model, tokenizer(), tmp_path / "sparse", "griffin", sparsifier.rules, None, None)
+    runner = moyu_kernels.Runner(moyu_kernels.from_pretrained(tmp_path / "sparse"), max_length=20)
+    assert "steps are not compiled" in caplog.text
+    for _ in range(2):
+        logits = [runner.prefill(IDS[:1, :prompt]), *(runner.step(token) for token in IDS[0, prompt:])]
+        torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+def test_training_text_padded_where_masks_are_taken_is_refused() -> None:
+    model = tiny_model()
+    control = SparsityControl(model, calibrated("griffin", model), DENSITY)
+    real = torch.ones_like(IDS)
+    real[0, -3:] = 0
+    with control.armed(True, real):
+        model(IDS, attention_mask=real)
+    with pytest.raises(MoyuError, match="pad on the right"), control.armed(True, real.flip(1)):
+        model(IDS)
 
 
 def test_padding_and_blocks_without_sequences_are_refused(tmp_path: Path) -> None:

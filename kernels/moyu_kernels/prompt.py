@@ -61,3 +61,9 @@ def watch_sequences(model: nn.Module, state: PromptState) -> None:
             state.reset()
 
     model.register_forward_pre_hook(look, with_kwargs=True)
+    model._moyu_prompt_masks = True  # type: ignore[assignment]
+
+
+def has_prompt_masks(model: nn.Module) -> bool:
+    """Whether steps of `model` keep state in Python, which a compiled step would not see change."""
+    return getattr(model, "_moyu_prompt_masks", False)

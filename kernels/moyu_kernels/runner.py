@@ -4,6 +4,7 @@ The single-token step is compiled as one graph over a static cache (compiled.py)
 layers and attention are swapped for the `moyu` ops on the same parameters.
 """
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from .compiled import CompiledStep
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
+from .prompt import has_prompt_masks
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "moyu"
 
@@ -38,6 +42,9 @@ class Runner:
     def __init__(self, model: Any, max_length: int, batch: int = 1, compile: bool = True) -> None:
         if not 1 <= batch <= MAX_ROWS:
             raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
+        if compile and has_prompt_masks(model):
+            logger.warning("moyu: steps are not compiled, since the masks of this model are taken from the prompt")
+            compile = False
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
         self.device = next(model.parameters()).device
         self._sparse = [module for module in model.modules() if isinstance(module, SparseModule)]

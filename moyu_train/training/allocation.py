@@ -19,16 +19,17 @@ from moyu_train.models.blocks import find_blocks
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.sparsifiers.base import HeldSparsifier
 from moyu_train.training.rule import LOG2_RANGE, watch
 
 
 def check_allocation(cls: Any, recipe: Recipe) -> None:
     """Raises: MoyuError where the sparsifier has no levels to move."""
     method = recipe.allocation.method
-    if method != "uniform" and not cls.calibrates:
+    if method != "uniform" and not issubclass(cls, HeldSparsifier):
         raise MoyuError(
-            f"allocation.method {method!r} needs a sparsifier with a calibrated level in every layer, and "
-            f"{cls.name!r} has none: use the sparsifier 'threshold', 'gate_threshold' or 'fatrelu', or method 'uniform'"
+            f"allocation.method {method!r} needs a sparsifier whose level in every layer is calibrated and then held, "
+            f"and {cls.name!r} is none: use the sparsifier 'threshold', 'gate_threshold' or 'fatrelu', or 'uniform'"
         )
 
 

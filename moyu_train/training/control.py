@@ -120,6 +120,11 @@ class SparsityControl(TrainerCallback):
 
         Args: real: `[B, T]`, not 0 where a token is no padding; ids: the tokens, int64 `[B, T]`.
         """
+        if real is not None and any(rule.prompt for rule in self.sparsifier.rules) and not real[:, 0].all():
+            raise MoyuError(
+                f"sparsifier {self.sparsifier.name!r} takes its mask from the first tokens, and a batch has padding "
+                "there; pad on the right"
+            )
         before, self.counting, self._collecting = self.counting, on, on
         self._real, self._terms = None if real is None else real.bool(), []
         if on and self.penalty is not None:
@@ -160,7 +165,8 @@ class SparsityControl(TrainerCallback):
     ) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._counts)
-            torch.distributed.all_reduce(self._penalty)
+            if self.penalty is not None:
+                torch.distributed.all_reduce(self._penalty)
         tokens = int(self._counts[0, 3].item() / self.blocks[0].neurons)
         kept = self.take_density()
         self.health.step(tokens)
