@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
-from tiny import tiny_model
+from tiny import tiny_model, with_deltas
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -181,13 +181,7 @@ def zero(stage: int) -> dict[str, Any]:
 
 def adapted(model: Any) -> Any:
     """With LoRA on all linear layers, whose deltas already do something."""
-    model = adapt(model, Lora(rank=4, alpha=8))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return with_deltas(adapt(model, Lora(rank=4, alpha=8)), size=0.1, seed=1)
 
 
 def predictors() -> list[dict[str, Tensor]]:

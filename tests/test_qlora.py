@@ -2,11 +2,12 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIGS, randomised, save_tiny, tiny_model, tiny_settings, tokenizer
+from tiny import CONFIGS, randomised, save_tiny, tiny_model, tiny_settings, tokenizer, with_deltas
 from torch import nn
 
 from moyu_train.checkpoints.export import read_state
@@ -33,14 +34,7 @@ def roomy(family: str = "llama") -> nn.Module:
     return randomised(config)
 
 
-def trained(adapted: nn.Module) -> nn.Module:
-    """With deltas that do something, as after training."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return adapted
+trained = partial(with_deltas, size=0.05, seed=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

@@ -54,6 +54,16 @@ def randomised(config: PreTrainedConfig) -> torch.nn.Module:
     return model
 
 
+def with_deltas(adapted: torch.nn.Module, size: float, seed: int) -> torch.nn.Module:
+    """A LoRA model whose deltas do something, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    return adapted
+
+
 def save_tiny(folder: Path, family: str = "llama") -> Path:
     tiny_model(family).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
