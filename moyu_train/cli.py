@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu_train.errors import MoyuError
-from moyu_train.recipe import Recipe, load_recipe
+from moyu_train.recipe import Recipe, load_recipe, shipped_recipes
 
 STAGE_VERBS = {
     "analyze": "measure over-activation, history uncertainty and inertia; perplexity against oracle sparsity",
@@ -72,6 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     routes = verb("collect", "one table of several finished runs, and their rows with --json")
     routes.add_argument("runs", nargs="+", help="run folders")
     routes.add_argument("--plot", metavar="FILE", help="quality against neurons off, as an image")
+    claims = verb("reproduce", "measure a claim of the papers, or a question they leave open, on a model of your own")
+    claims.add_argument("name", help="which; `list` prints them all")
+    claims.add_argument("recipe", nargs="?", help="recipe; default the shipped one for SmolLM2-135M")
+    claims.add_argument("--seeds", type=_several(int), help="to train from, separated by commas")
     look = verb("inspect", "the FFN blocks that are found in a model, from its config alone")
     look.add_argument("recipe", help="model, or a recipe, whose `blocks` are then used")
     verb("env", "versions and hardware, for bug reports")
@@ -81,17 +85,18 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     from moyu_train.evaluation.shapes import SHAPES
 
-    def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-        return lambda text: [kind(part) for part in text.split(",")]
-
     group = parser.add_argument_group("of `bench ops` and `bench model`", "lists are separated by commas")
     group.add_argument("--shape", choices=SHAPES, help="random weights of these sizes; default of `ops`: smollm2-135m")
-    group.add_argument("--dtypes", type=several(str), help="of bfloat16, float16, float32; default bfloat16")
-    group.add_argument("--densities", type=several(float), help="default 0.05,0.1,0.2,0.5")
-    group.add_argument("--batches", type=several(int), help="default 1,4; `model` decodes one sequence")
-    group.add_argument("--threads", type=several(int), help="of the dense settings, the most for sparse; default 1,2")
+    group.add_argument("--dtypes", type=_several(str), help="of bfloat16, float16, float32; default bfloat16")
+    group.add_argument("--densities", type=_several(float), help="default 0.05,0.1,0.2,0.5")
+    group.add_argument("--batches", type=_several(int), help="default 1,4; `model` decodes one sequence")
+    group.add_argument("--threads", type=_several(int), help="of the dense settings, the most for sparse; default 1,2")
     group.add_argument("--rounds", type=int, help="interleaved, at least 5; default 7")
     group.add_argument("--quick", action="store_true", help="one density, one batch, 5 rounds: to see that it works")
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part) for part in text.split(",")]
 
 
 def _refuse_bench_options(known: argparse.Namespace) -> None:
@@ -109,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, not imported yet, then asks for huge pages on a CPU
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("run", "step-cost", "inspect", "compare-predictors", *STAGE_VERBS):
+    if rest and known.verb not in ("run", "step-cost", "inspect", "compare-predictors", "reproduce", *STAGE_VERBS):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
@@ -149,6 +154,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
         _refuse_bench_options(known)
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
         return _on_folder(known.verb, Path(known.recipe), rest)
+    if known.verb == "reproduce":
+        return _reproduce(known, rest)
     recipe = load_recipe(known.recipe, rest)
     if known.verb == "step-cost":
         return _step_cost(recipe)
@@ -215,6 +222,16 @@ def _compare_predictors(recipe: Recipe, plot: str | None) -> dict[str, Any]:
     return figures
 
 
+def _reproduce(known: argparse.Namespace, rest: list[str]) -> dict[str, Any] | None:
+    from moyu_train.reproduce.command import find, list_all, reproduce
+
+    if known.name == "list":
+        return list_all()
+    find(known.name)
+    source = known.recipe or str(shipped_recipes()[f"smollm2-135m/reproduce/{known.name}"])
+    return reproduce(known.name, load_recipe(source, rest), known.seeds)
+
+
 def _inspect(recipe: Recipe) -> dict[str, Any]:
     from moyu_train.analysis.tables import print_inspection
     from moyu_train.models.inspection import inspect
@@ -252,10 +269,7 @@ def _generate(known: argparse.Namespace) -> dict[str, Any]:
 def _recipes(known: argparse.Namespace) -> dict[str, Any]:
     import shutil
 
-    folder = Path(__file__).parent.parent / "recipes"
-    if not folder.is_dir():
-        folder = Path(__file__).parent / "recipes"  # an installed wheel carries them inside
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = shipped_recipes()
     if known.copy:
         name, target = known.copy
         if name not in found:

@@ -206,3 +206,11 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe)) from error
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with moyu, by name."""
+    folder = Path(__file__).parent.parent / "recipes"
+    if not folder.is_dir():
+        folder = Path(__file__).parent / "recipes"  # an installed wheel carries them inside
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}

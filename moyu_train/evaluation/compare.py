@@ -174,7 +174,7 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
     stage = "finetune" if tuned else "calibrate"
     run.figures(stage)
     documents, window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
-    dense = score(run.dense(), documents, window, "compare: dense").perplexity
+    dense = score(run.dense(), documents, window, "compare: dense")
     model = load_dense(run.stage_folder(stage) / "model") if tuned else run.dense()
     thresholds, _ = read(run.stage_folder(stage))
     sparsifier, inputs = sparsifier_of(recipe, thresholds), input_rules(run, stage)
@@ -189,12 +189,14 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
             levels = found.find(judge.blocks, predictors, target, judge.itemsize)
             row, point, parts = judge.point(predictors, levels, cls.form, f"{label(method)} at {target:.0%}")
             first = first or parts
-            rows.append({"family": label(method), **row, "ppl_over_dense": point["ppl"] / dense})
+            rows.append({"family": label(method), **row, "ppl_over_dense": point["ppl"] / dense.perplexity})
             points.append({"target": target, **point, "mass_gain_on_first": mass_gains(parts, first)})
     return {
         "rows": rows,
         "points": points,
-        "ppl": {"dense": dense, "rule": judge.rule.perplexity},
+        "ppl": {"dense": dense.perplexity, "rule": judge.rule.perplexity},
+        "nll": {"dense": dense.nll, "rule": judge.rule.nll},
+        "scored": dense.tokens,
         "model": settings.model,
         "ffn_sha256": ffn_sha256(model),
         "dtype": recipe.export.dtype,
@@ -265,6 +267,7 @@ class Judge:
             "would_skip": skipped,
             "selected": mean(layers, "selected"),
             "ppl": sparse.perplexity,
+            "nll": sparse.nll,
             "ppl_oracle": oracle,
             "ppl_over_rule": sparse.perplexity / self.rule.perplexity,
             "ppl_over_rule_interval": ratio_interval(sparse, self.rule),

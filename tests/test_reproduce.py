@@ -1,0 +1,136 @@
+"""`moyu reproduce`: each on a tiny model through the command line, and the statistics on figures with known answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import save_text, save_tiny, tiny_settings
+
+from moyu_train.cli import main
+from moyu_train.recipe import shipped_recipes
+from moyu_train.reproduce import REPRODUCTIONS
+from moyu_train.reproduce.arms import CONTROL, Paired
+from moyu_train.reproduce.drift import toy
+from moyu_train.reproduce.history import histories
+from moyu_train.reproduce.inertia import ARMS
+from moyu_train.reproduce.locality import loss_at
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe for all of them."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    settings = tiny_settings(folder, save_tiny(folder / "model"))
+    settings |= {"predictor": None, "bench": None, "target_sparsity": 0.5}
+    settings["data"] = {
+        "train": str(save_text(folder / "train.jsonl", documents=16, words=90)),
+        "test": str(save_text(folder / "test.jsonl", documents=6, words=90)),
+        "validation_documents": 2,
+    }
+    settings["compare"] = {"predictors": [{"name": "lowrank", "rank": 4}], "bytes_skipped": [0.2]}
+    settings["analyze"] = {"tokens": 1024, "measures": ["history", "inertia"]}
+    settings["finetune"] |= {"tokens": 384}
+    settings["control"] = {"learning_rates": [1e-3]}
+    settings["fit"] = {"tokens": 1024, "window": 64}
+    settings["evaluate"] = {"window": 256, "tokens": 1024}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    return recipe
+
+
+def run(name: str, recipe: Path, *more: str) -> dict:
+    folder = recipe.parent / name
+    assert main(["reproduce", name, str(recipe), "--run", str(folder), *more]) == 0
+    assert (folder / f"{name}.png").is_file()
+    figures: dict = json.loads((folder / f"{name}.json").read_text())
+    assert isinstance(figures["passed"], bool)
+    assert figures["conclusion"]
+    assert figures["rows"]
+    return figures
+
+
+def test_every_reproduction_has_a_recipe_and_is_listed(capsys: pytest.CaptureFixture) -> None:
+    assert main(["reproduce", "list"]) == 0
+    out = capsys.readouterr().out
+    for name in REPRODUCTIONS:
+        assert f"smollm2-135m/reproduce/{name}" in shipped_recipes()
+        assert name in out
+    assert main(["reproduce", "inertai"]) == 1
+    assert "did you mean 'inertia'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["inertia-2x2", "history", "pitfalls", "tda", "drift"])
+def test_without_training(name: str, tiny: Path) -> None:
+    run(name, tiny)
+
+
+def test_inertia_and_what_it_takes_from_an_earlier_call(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    figures = run("inertia", tiny, "--seeds", "1,2")
+    assert [row["arm"] for row in figures["rows"]] == [arm.name for arm in ARMS]
+    assert figures["seeds"] == [1, 2]
+    base = figures["rows"][0]
+    assert base["taken away"] == "0.000 (0.000 to 0.000)"
+    folder = tiny.parent / "inertia"
+    assert not list(folder.rglob("model*.safetensors"))  # no arm's model is kept
+    capsys.readouterr()
+    (folder / "margin-2" / "measured.json").unlink()
+    assert run("inertia", tiny, "--seeds", "1,2") == figures
+    err = capsys.readouterr().err
+    assert err.count("measured before, reused") == 2 * (len(ARMS) + 1) - 1
+    assert "margin, seed 2\n" in err
+
+
+def test_locality_and_prosparse(tiny: Path) -> None:
+    figures = run("locality-vs-inertia", tiny)
+    assert [row["arm"] for row in figures["rows"]] == ["no penalty", "against inertia", "for locality"]
+    relu = ["--sparsifier", "{name: relu}", "--penalty", "{name: l1, coefficient: 0.5}"]
+    rows = run("prosparse", tiny, *relu)["rows"]
+    off = [row["neurons off"] for row in rows]
+    assert off[0] < off[2] < off[1]  # L1 makes zeros, and in so few steps the constant one has had more of it
+
+
+def test_prosparse_needs_its_penalty(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["reproduce", "prosparse", str(tiny)]) == 1
+    assert "needs penalty.name l1" in capsys.readouterr().err
+
+
+def test_paired_excess() -> None:
+    tokens = [100, 300]
+    rows = [{"arm": CONTROL, "seed": seed, "nll": {CONTROL: [100.0, 330.0]}, "tokens": tokens} for seed in (1, 2)]
+    for arm, more in (("base", 0.2), ("better", 0.1)):
+        for seed in (1, 2):
+            dense = [120.0, 360.0]  # the control is the smaller
+            masked = [100.0 + more * 100, 330.0 + more * 300]
+            rows.append(
+                {"arm": arm, "seed": seed, "nll": {"dense": dense, "rule": masked}, "tokens": tokens, "x": more}
+            )
+    paired = Paired(rows, "base")
+    assert paired.excess("base", "rule")[0].item() == pytest.approx(torch.tensor(0.2).expm1().item())
+    expected = 1 - torch.tensor(0.1).expm1().item() / torch.tensor(0.2).expm1().item()
+    gain = paired.less_excess("better", "rule")
+    assert [gain[key] for key in ("value", "low", "high")] == pytest.approx([expected] * 3)  # alike in all documents
+    assert paired.difference("better", "x") == {"value": -0.1, "low": -0.1, "high": -0.1}
+
+
+def test_the_toy_of_drift_has_slope_one_where_its_theory_holds() -> None:
+    found = toy(torch.nn.functional.relu)
+    assert found["slope"] == pytest.approx(1, abs=0.1)
+    assert found["correlation"] > 0.95
+
+
+def test_histories_are_nested_and_of_equal_tokens() -> None:
+    from moyu_train.data import Documents
+
+    documents = Documents([torch.full((100,), i) for i in range(32)] + [torch.full((10,), 99)])
+    texts = histories(documents, 400, seed=0)
+    assert [len(text.tokens) for text in texts] == [4, 11, 32]
+    assert all(abs(text.total - 400) < 32 for text in texts)
+    ids = [{int(t[0]) for t in text.tokens} for text in texts]
+    assert ids[0] < ids[1] < ids[2]
+
+
+def test_loss_at_reads_a_line() -> None:
+    line = [{"loss": 2.0, "density": 0.3}, {"loss": 3.0, "density": 0.2}]
+    assert loss_at(line, "density", 0.25) == pytest.approx(2.5)
