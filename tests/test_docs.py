@@ -42,7 +42,7 @@ def test_commands_are_valid(command: str) -> None:
     known, rest = build_parser().parse_known_args(words[1:])
     if rest:
         load_recipe(str(ROOT / "recipes" / "smollm2-135m" / "quickstart.yaml"), rest)
-    recipe = Path(getattr(known, "recipe", ""))
+    recipe = Path(getattr(known, "recipe", None) or "")
     if recipe.parent != Path() and recipe.suffix == ".yaml":
         assert (ROOT / recipe).is_file()
 

@@ -14,7 +14,7 @@ from moyu_train.reproduce import REPRODUCTIONS
 from moyu_train.reproduce.arms import CONTROL, Paired
 from moyu_train.reproduce.drift import toy
 from moyu_train.reproduce.history import histories
-from moyu_train.reproduce.inertia import ARMS
+from moyu_train.reproduce.inertia import BASE, PENALTIES, PREDICTED
 from moyu_train.reproduce.locality import loss_at
 
 
@@ -68,7 +68,7 @@ def test_without_training(name: str, tiny: Path) -> None:
 
 def test_inertia_and_what_it_takes_from_an_earlier_call(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     figures = run("inertia", tiny, "--seeds", "1,2")
-    assert [row["arm"] for row in figures["rows"]] == [arm.name for arm in ARMS]
+    assert [row["arm"] for row in figures["rows"]] == [BASE, *PENALTIES, PREDICTED]
     assert figures["seeds"] == [1, 2]
     base = figures["rows"][0]
     assert base["taken away"] == "0.000 (0.000 to 0.000)"
@@ -78,7 +78,7 @@ def test_inertia_and_what_it_takes_from_an_earlier_call(tiny: Path, capsys: pyte
     (folder / "margin-2" / "measured.json").unlink()
     assert run("inertia", tiny, "--seeds", "1,2") == figures
     err = capsys.readouterr().err
-    assert err.count("measured before, reused") == 2 * (len(ARMS) + 1) - 1
+    assert err.count("measured before, reused") == 2 * (len(PENALTIES) + 3) - 1
     assert "margin, seed 2\n" in err
 
 

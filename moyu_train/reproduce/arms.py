@@ -32,8 +32,7 @@ from moyu_train.training.stages import read, sparsifier_of
 CONTROL = "control"  # the arm without masks or penalty
 BATCH = "4"  # sequences decoded together, for the union of their masks
 SAMPLES = 4000
-SECTIONS = ("model", "seed", "data", "analyze", "calibrate", "sparsifier", "target_sparsity", "finetune", "penalty",
-            "control", "compare", "fit", "export", "evaluate.tokens", "evaluate.window")  # fmt: skip
+SECTIONS = [name for name in Recipe.model_fields if name not in ("run", "bench")]
 
 
 @dataclass(frozen=True)
