@@ -24,10 +24,11 @@ from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.progress import console
-from moyu_train.recipe import CONTROL, Recipe
+from moyu_train.recipe import CONTROL, SHARED, Recipe
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
+INSIDE = ("", CONTROL, SHARED)  # parents that are no other model
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
 
 
@@ -97,7 +98,7 @@ class Run:
         check_methods(recipe)
         check_writable(self.folder, 0)
         check_model(recipe, self.skeleton)
-        if recipe.finetune.parent not in ("", CONTROL):
+        if recipe.finetune.parent not in INSIDE:
             check_parent(recipe.finetune.parent, self.skeleton, lambda: skeleton(self._parent))
 
     @cached_property
@@ -191,7 +192,7 @@ class Run:
             parts.append(recipe.digest("blocks"))
         if recipe.delta and "delta" in STAGES[name].sections and (Path(recipe.delta) / MANIFEST).is_file():
             parts.append(sha256(Path(recipe.delta) / MANIFEST))  # another delta in the same folder is another run
-        if recipe.finetune.parent not in ("", CONTROL) and "finetune" in STAGES[name].sections:
+        if recipe.finetune.parent not in INSIDE and "finetune" in STAGES[name].sections:
             parts += _weights(self._parent)
         if "evaluate" in STAGES[name].sections:
             parts += [sha256(path) for _, path in recipe.evaluate.files]

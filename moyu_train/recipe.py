@@ -34,7 +34,7 @@ from moyu_train.settings import (
 )
 from moyu_train.sparsifiers import SPARSIFIERS
 
-CONTROL = "control"  # as finetune.parent
+CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model
 INERTIA_RAMP = (0.3, 0.5)  # shares of the steps between which the coefficient of `inertia` rises from 0
 
 
@@ -93,6 +93,11 @@ class Recipe(Section):
             )
         if self.finetune.parent == CONTROL and not self.control:
             raise ValueError("finetune.parent 'control' distils from the dense control, and control is null; give one")
+        if self.finetune.parent == SHARED and not (self.finetune.lora and self.finetune.block_weight == 0):
+            raise ValueError(
+                "finetune.parent 'shared' is the student without its deltas, for finetune.lora with block_weight 0; "
+                "give lora, or leave parent empty for a copy of the model"
+            )
         if self.penalty:
             _known("penalty", self.penalty.name, PENALTIES)
         return self

@@ -186,7 +186,8 @@ class Optimise(Section):
     activation_checkpointing: bool = False
     parent: str = Field(
         "",
-        description="dense model to distil from, of the same vocabulary: default `model`; `control`: the dense control",
+        description="dense model to distil from, of the same vocabulary: default a copy of `model`; `control`: the "
+        "dense control; `shared`: with lora, the student without its deltas and masks, no copy",
     )
     kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
     kl_top_k: int | None = Field(None, ge=1, description="of its distribution only the likeliest tokens; default all")

@@ -79,3 +79,33 @@ def test_a_parent_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="control is null"):
         Recipe.model_validate(settings_in(tmp_path, "control") | {"control": None})
     assert tiny_model().config.vocab_size == 259
+
+
+@pytest.mark.parametrize("method", [{"name": "threshold"}, {"name": "relu"}])
+def test_a_lora_student_can_be_its_own_parent(tmp_path: Path, method: dict) -> None:
+    """The same losses, step by step, as with a copy of the model; and no copy is loaded."""
+    lines = {}
+    for parent in ("", "shared"):
+        settings = settings_in(tmp_path, parent) | {"sparsifier": method, "run": str(tmp_path / f"run-{parent}")}
+        settings["finetune"] |= {
+            "lora": {"rank": 4, "dropout": 0.1},
+            "learning_rate": 1e-2,
+            "activation_checkpointing": True,
+        }
+        run = Run(Recipe.model_validate(settings))
+        run_stage(run, "calibrate")
+        if parent:
+            run.parent = lambda: pytest.fail("a second model was loaded")  # type: ignore[method-assign]
+        run_stage(run, "finetune")
+        text = (run.stage_folder("finetune") / "metrics.jsonl").read_text()
+        lines[parent] = [json.loads(line) for line in text.splitlines()]
+    for own, shared in zip(lines[""], lines["shared"], strict=True):
+        for name in ("kl", "loss", "grad_norm", "sparsity"):
+            assert shared[name] == pytest.approx(own[name], rel=1e-4), name
+    assert lines[""][-1]["kl"] != pytest.approx(lines[""][0]["kl"], rel=0.01)  # the deltas did something
+
+
+def test_a_shared_parent_is_refused_where_there_is_none(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, "shared")
+    with pytest.raises(ValueError, match="is the student without its deltas"):
+        Recipe.model_validate(settings)

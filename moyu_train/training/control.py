@@ -71,12 +71,15 @@ class SparsityControl(TrainerCallback):
         sparsifier.check(self.blocks)
         set_marker(model.config, sparsifier.name)
         sparsifier.advance(0.0)
+        self._put_on()
+
+    def _put_on(self) -> None:
         self._masking = Masking(
             self.blocks,
             self._keep,
-            inputs=bool(predictors),
-            rules=sparsifier.rules,
-            straight_through=sparsifier.straight_through,
+            inputs=bool(self.predictors),
+            rules=self.sparsifier.rules,
+            straight_through=self.sparsifier.straight_through,
         )
 
     def _zeros(self) -> Tensor:
@@ -133,6 +136,15 @@ class SparsityControl(TrainerCallback):
             yield
         finally:
             self.counting, self._collecting = before, False
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """The model without its masks within, dense as it came but for what has been trained."""
+        self._masking.remove()
+        try:
+            yield
+        finally:
+            self._put_on()
 
     def take_penalty(self) -> Tensor:
         """Of the forward just armed: the penalty's fp32 sum over real tokens, mean over layers.

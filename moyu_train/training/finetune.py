@@ -27,7 +27,7 @@ from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.ratio import RatioCoefficient
 from moyu_train.penalties.scale import measure_scales
 from moyu_train.penalties.schedule import coefficient
-from moyu_train.recipe import Recipe
+from moyu_train.recipe import SHARED, Recipe
 from moyu_train.registry import resolve
 from moyu_train.settings import Optimise
 from moyu_train.sparsifiers import SPARSIFIERS
@@ -36,6 +36,7 @@ from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge, quantise
+from moyu_train.training.shared_parent import SharedParent
 from moyu_train.training.stages import read, sparsifier_of, write
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
 
@@ -82,7 +83,6 @@ def train(
 
     Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
     """
-    parent = run.parent() if (settings.kl_weight or settings.block_weight) and sparsity else None
     penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
     steps = settings.tokens // (settings.tokens_per_step * processes)
@@ -116,6 +116,10 @@ def train(
     windows = training_windows(run, settings)
     ffn = ffn_sha256(model) if settings.lora else ""
     adapted = adapt(model, settings.lora) if settings.lora else model
+    parent: Any = None
+    if (settings.kl_weight or settings.block_weight) and sparsity:
+        shared = settings.parent == SHARED
+        parent = SharedParent(adapted, [c for c in (sparsity, inputs) if c]) if shared else run.parent()
     coefficients: Callable[[float], float] | None = None
     if penalty:
         adaptive = sparsity.adaptive if sparsity else None
@@ -229,7 +233,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0)
+    _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0 and settings.parent != SHARED)
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]

@@ -20,6 +20,7 @@ from moyu_train.training.control import SparsityControl
 from moyu_train.training.health import where_not_finite
 from moyu_train.training.launch import asked_engine
 from moyu_train.training.losses import Weights, token_loss
+from moyu_train.training.shared_parent import SharedParent
 
 COMPLETE = "moyu_complete.json"
 
@@ -50,7 +51,8 @@ class SparsityTrainer(Trainer):
 
     Args:
         sparsity: the mask's owner, or None for a dense run (the dense control).
-        parent: the dense model, only read; None where kl_weight and block_weight are 0.
+        parent: the dense model, only read, or what the student is without its deltas and masks; None where kl_weight
+            and block_weight are 0.
         kl_top_k: of the parent's distribution only so many tokens (losses.kl_target); None: all.
         block_weight: of the FFN blocks' relative output error (training/anchor.py).
         inputs: a further control, of the inputs of other linear layers.
@@ -63,7 +65,7 @@ class SparsityTrainer(Trainer):
         self,
         *args: Any,
         sparsity: SparsityControl | None,
-        parent: nn.Module | None,
+        parent: nn.Module | SharedParent | None,
         kl_weight: float,
         lm_weight: float,
         kl_top_k: int | None = None,
@@ -84,11 +86,11 @@ class SparsityTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs in one process would run DataParallel, whose copies the masks do not reach; "
                 "start one process per GPU with `accelerate launch`"
             )
-        if parent is not None:
+        if isinstance(parent, nn.Module):
             dtype = torch.bfloat16 if self.args.bf16 else None  # computes as the student does, and holds no more
             parent = parent.eval().requires_grad_(False).to(self.args.device, dtype)
         self.parent = parent
-        self.anchor = BlockAnchor(self.model, self.parent) if block_weight and self.parent is not None else None
+        self.anchor = BlockAnchor(self.model, parent) if block_weight and isinstance(parent, nn.Module) else None
         self._parts: dict[str, float] = {}
         self.controls = [control for control in (sparsity, inputs) if control is not None]
         for control in self.controls:
