@@ -62,6 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", choices=("predicted", "rule", "dense"), default="predicted", help="which mask to decode with"
     )
     generate.add_argument("--backend", choices=("auto", "cpu", "reference"), default="auto")
+    plain = verb("export-dense", "a stock folder of a sparse checkpoint's weights, without its masks")
+    plain.add_argument("folder", help="sparse checkpoint")
+    plain.add_argument("out", help="folder to write")
     recipes = verb("recipes", "list the shipped recipes, or copy one")
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
     cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
@@ -138,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": _generate,
+        "export-dense": _export_dense,
         "recipes": _recipes,
         "collect": _collect,
         "env": _env,
@@ -264,6 +268,15 @@ def _generate(known: argparse.Namespace) -> dict[str, Any]:
         mode=known.mode,
         backend=known.backend,
     )
+
+
+def _export_dense(known: argparse.Namespace) -> dict[str, Any]:
+    from moyu_train.analysis.tables import print_figures
+    from moyu_train.checkpoints.dense import export_dense
+
+    figures = export_dense(Path(known.folder), Path(known.out))
+    print_figures("export-dense", figures)
+    return figures
 
 
 def _recipes(known: argparse.Namespace) -> dict[str, Any]:

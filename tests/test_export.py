@@ -14,9 +14,14 @@ from transformers import AutoModelForCausalLM
 
 from moyu_train.checkpoints.export import MANIFEST, STATE, export, read_state
 from moyu_train.checkpoints.verify import marker_of, verify
+from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
+from moyu_train.registry import resolve
+from moyu_train.settings import Method
+from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.rule import calibrate_rule
 
@@ -111,3 +116,30 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     rules = [Rule(torch.full((96,), float("nan"))), Rule(torch.ones(96))]
     with pytest.raises(MoyuError, match=r"blocks\.0\.threshold holds values that are not finite"):
         export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", rules, None, None)
+
+
+def test_the_dense_folder_is_stock(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = exported(tmp_path / "sparse"), tmp_path / "dense"
+    assert main(["export-dense", str(folder), str(out)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert not hasattr(model.config, "moyu")
+    torch.testing.assert_close(model(IDS).logits, tiny_model()(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert main(["export-dense", str(folder), str(out)]) == 1
+    assert "exists; give another folder" in capsys.readouterr().err
+    (folder / "moyu/manifest.json").unlink()
+    assert main(["export-dense", str(folder), str(tmp_path / "other")]) == 1
+    assert "not written to its end" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("relu", "use it as it is"), ("drelu", "has another activation")])
+def test_rules_without_a_dense_model_are_refused(
+    tmp_path: Path, name: str, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    cls, options = resolve("sparsifier", Method(name=name), SPARSIFIERS)
+    model = tiny_model()
+    rules = cls.start(options, find_blocks(model), 0.5).rules
+    export(model, tokenizer(), tmp_path / "sparse", name, rules, None, None)
+    assert main(["export-dense", str(tmp_path / "sparse"), str(tmp_path / "dense")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "dense").exists()

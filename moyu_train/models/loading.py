@@ -89,10 +89,11 @@ def load_tokenizer(path: str | Path) -> Any:
 Described = Sequence[Mapping[str, str | None]]
 
 
-def load_dense(path: str | Path, dtype: torch.dtype = torch.float32, described: Described = ()) -> Any:
+def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, described: Described = ()) -> Any:
     """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
 
-    described: the FFN blocks of an architecture that structure does not find, as in a recipe's `blocks`.
+    dtype: of the weights, or "auto": what is stored; described: the FFN blocks of an architecture that structure does
+    not find, as in a recipe's `blocks`.
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """
