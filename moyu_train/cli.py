@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moyu_train import about
 from moyu_train.errors import MoyuError
 from moyu_train.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -81,6 +82,14 @@ def build_parser() -> argparse.ArgumentParser:
     claims.add_argument("--seeds", type=_several(int), help="to train from, separated by commas")
     look = verb("inspect", "the FFN blocks that are found in a model, from its config alone")
     look.add_argument("recipe", help="model, or a recipe, whose `blocks` are then used")
+    planned = verb(
+        "plan", "parameters, memory, files, time and the limits of decoding of a recipe, before anything loads"
+    )
+    planned.add_argument("recipe", help="recipe, or a model for the defaults")
+    planned.add_argument("--processes", type=int, default=2, help="devices of ddp, fsdp2, zero2 and zero3; default 2")
+    planned.add_argument("--tokens-per-second", type=float, metavar="RATE", help="of training, on one device")
+    planned.add_argument("--probe", action="store_true", help="measure that rate here, by a few real steps")
+    planned.add_argument("--speedup", type=float, metavar="TIMES", help="what would have to be skipped for it?")
     verb("env", "versions and hardware, for bug reports")
     return parser
 
@@ -117,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, not imported yet, then asks for huge pages on a CPU
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.verb not in ("run", "step-cost", "inspect", "compare-predictors", "reproduce", *STAGE_VERBS):
+    with_settings = ("run", "plan", "step-cost", "inspect", "compare-predictors", "reproduce", *STAGE_VERBS)
+    if rest and known.verb not in with_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
@@ -142,9 +152,9 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": _generate,
         "export-dense": _export_dense,
-        "recipes": _recipes,
+        "recipes": about.recipes,
         "collect": _collect,
-        "env": _env,
+        "env": about.env,
     }
     if known.verb in simple:
         return simple[known.verb](known)
@@ -165,6 +175,10 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
         return _step_cost(recipe)
     if known.verb == "inspect":
         return _inspect(recipe)
+    if known.verb == "plan":
+        from moyu_train.plan import plan_command
+
+        return plan_command(recipe, known)
     if known.verb == "compare-predictors":
         return _compare_predictors(recipe, known.plot)
     if known.verb == "run" and known.dry_run:
@@ -279,61 +293,7 @@ def _export_dense(known: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _recipes(known: argparse.Namespace) -> dict[str, Any]:
-    import shutil
-
-    found = shipped_recipes()
-    if known.copy:
-        name, target = known.copy
-        if name not in found:
-            from moyu_train.recipe import nearest
-
-            raise MoyuError(f"recipe {name!r} is unknown{nearest(name, found)}; known: {', '.join(found)}")
-        if Path(target).exists():
-            raise MoyuError(f"{target!r} exists; give another file")
-        shutil.copyfile(found[name], target)
-        print(target)
-    else:
-        for name, path in found.items():
-            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            print(f"{name:<36} {first}")
-    return {"recipes": list(found)}
-
-
 def _collect(known: argparse.Namespace) -> dict[str, Any]:
     from moyu_train.analysis.collect import collect_runs
 
     return collect_runs([Path(run) for run in known.runs], Path(known.plot) if known.plot else None)
-
-
-def _env(known: argparse.Namespace) -> dict[str, Any]:
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import psutil
-    from moyu_kernels.ops.cpu import status
-
-    figures: dict[str, Any] = {
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {psutil.cpu_count(logical=False)} cores, "
-        f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-    }
-    for package in (
-        "moyu",
-        "torch",
-        "transformers",
-        "accelerate",
-        "peft",
-        "datasets",
-        "safetensors",
-        "triton",
-        "lm_eval",
-    ):
-        try:
-            figures[package] = version(package)
-        except PackageNotFoundError:
-            figures[package] = "not installed"
-    figures["cpu kernels"] = status()
-    for name, value in figures.items():
-        print(f"{name:<14} {value}")
-    return figures

@@ -21,6 +21,8 @@ from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.finetune import Windows, sparsity_on, training_windows
+from moyu_train.training.lora import adapt
+from moyu_train.training.memory import needs_parent
 from moyu_train.training.rule import calibrate_rule
 from moyu_train.training.trainer import SparsityTrainer
 
@@ -29,7 +31,11 @@ VARIANTS = ("plain", "sparse")
 
 
 class Stepper:
-    """One training step at a time of either trainer."""
+    """One training step at a time.
+
+    variant: "plain", the Hugging Face Trainer; "sparse", ours with the rule and penalty alone; "recipe", with all that
+        the recipe's fine-tuning has, its parent (of the model's own size), LoRA and activation checkpointing.
+    """
 
     def __init__(self, run: Run, variant: str, folder: str) -> None:
         recipe, settings = run.recipe, run.recipe.finetune
@@ -45,23 +51,33 @@ class Stepper:
             remove_unused_columns=False,
         )
         model = run.dense()
-        common: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": Windows(self.windows)}
+        common: dict[str, Any] = {"args": arguments, "train_dataset": Windows(self.windows)}
         self.trainer: Trainer
         if variant == "plain":
-            self.trainer = Trainer(**common)
+            self.trainer = Trainer(model=model, **common)
         else:
             cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
             tokens = recipe.calibrate.tokens
             rule = calibrate_rule(model, cls, options, 1 - recipe.target_sparsity, run.train, tokens, passes=1)
             sparsity = sparsity_on(run, model, rule, [])
             value = recipe.penalty.coefficient[-1][1] if recipe.penalty else 0.0
-            coefficient = (lambda progress: value) if recipe.penalty else None
+            whole = variant == "recipe"
             self.trainer = SparsityTrainer(
-                **common, sparsity=sparsity, parent=None, kl_weight=0.0, lm_weight=1.0, coefficient=coefficient
+                model=adapt(model, settings.lora) if whole and settings.lora else model,
+                sparsity=sparsity,
+                parent=run.dense() if whole and needs_parent(recipe) else None,
+                kl_weight=settings.kl_weight if whole else 0.0,
+                lm_weight=settings.lm_weight if whole else 1.0,
+                kl_top_k=settings.kl_top_k if whole else None,
+                block_weight=settings.block_weight if whole else 0.0,
+                coefficient=(lambda progress: value) if recipe.penalty else None,
+                **common,
             )
             sparsity.on_train_begin(arguments, self.trainer.state, self.trainer.control)  # state to the model's device
             sparsity.sparsifier.advance(1.0)
         self.trainer.create_optimizer()
+        if variant == "recipe" and settings.activation_checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # As Trainer.train does it; without this, `bf16` is not in force.
         self.trainer.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.trainer.state.max_steps = 100

@@ -75,7 +75,7 @@ def bytes_per_token(model: Any, context: int) -> tuple[int, int]:
     """(weights, keys and values) that a dense batch-1 step reads; an untied input embedding is not read."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding.data_ptr() != head.data_ptr():
+    if embedding is not head:
         weights -= embedding.numel() * embedding.element_size()
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

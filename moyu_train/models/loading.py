@@ -145,12 +145,3 @@ def check_memory(needed: int, what: str, change: str) -> None:
         raise MoyuError(
             f"{what} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB of {kind} are there; lower {change}"
         )
-
-
-def training_bytes(model: Any, tokens_per_micro_batch: int, parent: bool) -> int:
-    """Bytes of full fine-tuning with AdamW in fp32: weights, gradients, moments, parent, activations, logits."""
-    parameters = sum(p.numel() for p in model.parameters())
-    text = model.config.get_text_config()
-    widths = 14 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size)
-    activations = tokens_per_micro_batch * (text.num_hidden_layers * widths + 5 * text.vocab_size) * 4
-    return parameters * 4 * (5 if parent else 4) + activations

@@ -19,7 +19,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
 from moyu_train.files import write_json
 from moyu_train.models.blocks import ffn_sha256
-from moyu_train.models.loading import check_memory, training_bytes
+from moyu_train.models.loading import check_memory, skeleton
 from moyu_train.models.marker import marked_rule, set_marker
 from moyu_train.models.state import thresholds_from_tensors
 from moyu_train.penalties import PENALTIES
@@ -36,6 +36,7 @@ from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge, quantise
+from moyu_train.training.memory import launcher_of_this, measure_sizes, needs_parent, training_memory
 from moyu_train.training.shared_parent import SharedParent
 from moyu_train.training.stages import read, sparsifier_of, write
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
@@ -186,8 +187,10 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
 
 def _check_memory(run: "Run", parent: bool) -> None:
     settings = run.recipe.finetune
-    needed = training_bytes(run.skeleton, settings.batch * settings.window, parent)
-    check_memory(needed, "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
+    found = measure_sizes(skeleton(run.source, run.recipe.described), settings.lora)
+    launcher, processes = launcher_of_this()
+    needed = training_memory(found, settings, launcher, processes, found.parameters if parent else 0)["peak"]
+    check_memory(round(needed), "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")
 
 
 def sparsity_on(
@@ -233,7 +236,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    _check_memory(run, parent=settings.kl_weight + settings.block_weight > 0 and settings.parent != SHARED)
+    _check_memory(run, parent=needs_parent(recipe))
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]
