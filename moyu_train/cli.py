@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -124,6 +125,8 @@ def _refuse_bench_options(known: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, or 1 after an error that the user can act on (2 for usage)."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch, not imported yet, then asks for huge pages on a CPU
+    # On import it warns of kernels of its own that it misses, and no verb uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
     with_settings = ("run", "plan", "step-cost", "inspect", "compare-predictors", "reproduce", *STAGE_VERBS)
