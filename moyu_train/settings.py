@@ -148,7 +148,7 @@ class Analyze(Section):
 
     tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
     sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
-    measures: tuple[Literal["history", "inertia", "senses", "causal", "cett_ppl"], ...] = ("history", "inertia")
+    measures: tuple[Literal["history", "inertia", "senses", "causal", "gap", "cett_ppl"], ...] = ("history", "inertia")
     tau: float = Field(0.2, gt=0, lt=1, description="relative error of an FFN's output that dropping neurons may make")
     density: float | None = Field(None, gt=0, lt=1, description="count so many neurons as active, in place of by tau")
 

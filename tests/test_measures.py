@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from moyu_kernels.ops.ffn.simulated import past_means
 from moyu_kernels.rules import Rule
 from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
 from torch import Tensor
 
-from moyu_train.analysis import causal, history, inertia, matched, over_activation
+from moyu_train.analysis import causal, gap, history, inertia, matched, over_activation
 from moyu_train.analysis.subject import SKIP, Seen, Subject, Window, windows
 from moyu_train.checkpoints.export import export
 from moyu_train.cli import main
@@ -337,6 +338,35 @@ def test_mean_overlap_is_the_mean_over_pairs() -> None:
     assert causal.mean_overlap(z, p) == pytest.approx(torch.stack(pairs).mean().item())
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_the_predictor_gap_tells_context_from_memory(memory: float) -> None:
+    """Contributions are functions of x (the token and its context) and, with memory, of the inputs before it."""
+    hidden, neurons, length, documents = 16, 64, 200, 6
+    g = torch.Generator().manual_seed(0)
+    table, wide = torch.randn(40, hidden, generator=g), torch.randn(hidden, neurons, generator=g)
+    subject: Any = SimpleNamespace(
+        blocks=[SimpleNamespace(hidden=hidden, neurons=neurons)] * 2, embeddings=lambda: table, name="made"
+    )
+    found = gap.Gap(subject)
+    assert found.chosen == [1]
+    for take in (found.see, found.judge):
+        for document in range(documents):
+            ids = torch.randint(40, (length,), generator=g)
+            context = torch.randn(length, hidden, generator=g)
+            x = table[ids] + context
+            drive = (x + memory * past_means(x, gap.DECAY, torch.zeros(hidden))) @ wide
+            before = x + 3 * torch.randn(length, hidden, generator=g)
+            for layer, view in ((0, before), (1, x)):
+                n = torch.relu(drive + 2).square()[None]
+                take(Window(document, 0, ids), Seen(layer, None, n, n, n > 0, None, view[None]))
+    row = found.layers(2)[1]["gap"]
+    assert row["oracle"] > row["input"] - 1e-9
+    assert row["input"] > row["token"] + 0.05
+    assert row["input"] > row["previous"] + 0.05
+    extra = row["past"] - row["input"]
+    assert extra > 0.02 if memory else abs(extra) < 0.01
+
+
 def names_in(figures: Any) -> set[str]:
     """Every name of a figure, but those of blocks, lags and models."""
     if isinstance(figures, list):
@@ -349,7 +379,7 @@ def names_in(figures: Any) -> set[str]:
 def test_the_verb_reports_side_by_side(tmp_path: Path) -> None:
     """Every measure on a dense model and a sparse checkpoint, by the command line: documented figures, offline page."""
     settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
-    measures = ["history", "inertia", "senses", "causal", "cett_ppl"]
+    measures = ["history", "inertia", "senses", "causal", "gap", "cett_ppl"]
     settings["analyze"] = {"tokens": 2000, "sparsities": [0.5], "measures": measures}
     settings["data"]["validation_documents"] = 5
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(settings))
@@ -362,6 +392,8 @@ def test_the_verb_reports_side_by_side(tmp_path: Path) -> None:
     for found in figures.values():
         assert found["perplexity"] > 1
         assert len(found["inertia"]["interval"]) == 2
+        assert found["layers"][0]["gap"] is None
+        assert found["gap"]["oracle"] > found["gap"]["input"]
         for row in found["layers"]:
             assert {"needed", "hau", "excess_hau", "siai", "siai_interval", "carry", "stale_error"} <= set(row)
     assert figures["sparse"]["inertia"]["density"] < 1

@@ -6,6 +6,7 @@ What is measured and how to read it: docs/analysis.md.
 from typing import Any
 
 from moyu_train.analysis import causal, history, inertia, matched, over_activation
+from moyu_train.analysis.gap import measure_gap
 from moyu_train.analysis.subject import Seen, Subject, Window, read, windows
 from moyu_train.data import Documents
 from moyu_train.progress import console
@@ -35,6 +36,9 @@ def measure(subject: Subject, documents: Documents, settings: Analyze) -> dict[s
         console.print(f"{subject.name}: experts see tokens without their order, history and inertia are not measured")
         return figures
     sequences = windows(documents, 1024)
+    if "gap" in wanted:
+        figures["gap"], gaps = measure_gap(subject, sequences)
+        _join(rows, gaps)
     streams: list[Any] = []
     lags, unions, stale = inertia.Lags(subject), inertia.Unions(subject), inertia.Stale(subject)
     if "history" in wanted or "senses" in wanted:

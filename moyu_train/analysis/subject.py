@@ -36,6 +36,7 @@ class Seen:
     n: contribution `abs(a_i) * norm(W_down[:, i])`, of a's shape.
     active: bool, of a's shape.
     ratio: fp32, of a's shape: how far above its threshold a neuron is, before the mask; None without one.
+    x: the block's input `[B, T, D]`, where it was asked for.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class Seen:
     n: Tensor
     active: Tensor
     ratio: Tensor | None
+    x: Tensor | None = None
 
 
 class Subject:
@@ -84,8 +86,11 @@ class Subject:
         return weight.detach()
 
     @contextlib.contextmanager
-    def masked(self, see: Callable[[Seen], Tensor | None]) -> Iterator[None]:
-        """The model's own masks on it, if any. `see` gets every layer of every forward, and may narrow its mask."""
+    def masked(self, see: Callable[[Seen], Tensor | None], inputs: bool = False) -> Iterator[None]:
+        """The model's own masks on it, if any. `see` gets every layer of every forward, and may narrow its mask.
+
+        inputs: with the blocks' inputs.
+        """
 
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
             norm = self.norms[layer] if expert is None else self.norms[layer][expert]
@@ -102,18 +107,24 @@ class Subject:
             if self.rules is None and self.levels[layer]:
                 ratio = n / self.levels[layer]
             active = mask if mask is not None else (n >= self.levels[layer]) & (n > 0)
-            narrower = see(Seen(layer, expert, raw, n, active, ratio))
+            narrower = see(Seen(layer, expert, raw, n, active, ratio, masking.input(layer) if inputs else None))
             return mask if narrower is None else narrower if mask is None else mask & narrower
 
-        masking = Masking(self.blocks, keep, inputs=bool(self.predictors), rules=self.rules)
+        masking = Masking(self.blocks, keep, inputs=inputs or bool(self.predictors), rules=self.rules)
         with masking, InputMasks(self.model, self.inputs or {}):
             yield
 
     @torch.no_grad()
-    def run(self, ids: Tensor, see: Callable[[Seen], Tensor | None], positions: Tensor | None = None) -> None:
+    def run(
+        self,
+        ids: Tensor,
+        see: Callable[[Seen], Tensor | None],
+        positions: Tensor | None = None,
+        inputs: bool = False,
+    ) -> None:
         """One forward of int64 `[B, T]`; positions, of its shape, where the architecture takes them."""
         more = {} if positions is None or not self._takes_positions else {"position_ids": positions}
-        with self.masked(see):
+        with self.masked(see, inputs):
             self.model(input_ids=ids.to(device_of(self.model)), use_cache=False, logits_to_keep=1, **more)
 
 
@@ -136,10 +147,12 @@ def windows(documents: Documents, length: int) -> list[Window]:
     return found
 
 
-def read(subject: Subject, sequences: list[Window], see: Callable[[Window, Seen], None], what: str) -> None:
+def read(
+    subject: Subject, sequences: list[Window], see: Callable[[Window, Seen], None], what: str, inputs: bool = False
+) -> None:
     """Run all sequences, one at a time; `see` gets every layer of each."""
     for window in track(sequences, f"analyze {subject.name}: {what}"):
-        subject.run(window.ids[None], lambda seen: see(window, seen))  # noqa: B023 - called within this very run
+        subject.run(window.ids[None], lambda seen: see(window, seen), inputs=inputs)  # noqa: B023 - called within this run
 
 
 def neuron_outputs(block: FFNBlock, expert: int | None) -> Tensor:
