@@ -47,6 +47,11 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "bench":
             _add_bench_options(sub)
             what += "; or `ops` (the kernels one by one) or `model` (whole models, from FOLDER or of a --shape)"
+        if name == "fit-predictors":
+            what += "; after --from a sparse checkpoint, or a run with one"
+            sub.add_argument(
+                "--from", action="store_true", dest="refit", help="fit those of a checkpoint again, on its own weights"
+            )
         sub.add_argument("recipe", help=what)
         if name == "analyze":
             sub.add_argument("--against", metavar="MODEL", help="a second model, or sparse checkpoint, side by side")
@@ -62,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode", choices=("predicted", "rule", "dense"), default="predicted", help="which mask to decode with"
     )
     generate.add_argument("--backend", choices=("auto", "cpu", "reference"), default="auto")
+    foreign = verb("export-predictors", "write a checkpoint's predictors as PowerInfer's converter reads them")
+    foreign.add_argument("folder", help="sparse checkpoint")
+    foreign.add_argument("out", help="folder for model_0.pt, model_1.pt and so on")
     recipes = verb("recipes", "list the shipped recipes, or copy one")
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
     cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
@@ -133,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": _generate,
+        "export-predictors": _export_predictors,
         "recipes": _recipes,
         "collect": _collect,
         "env": _env,
@@ -149,6 +158,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
         _refuse_bench_options(known)
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
         return _on_folder(known.verb, Path(known.recipe), rest)
+    if known.verb == "fit-predictors" and known.refit:
+        return _refit(Path(known.recipe), rest)
     recipe = load_recipe(known.recipe, rest)
     if known.verb == "step-cost":
         return _step_cost(recipe)
@@ -169,15 +180,29 @@ def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     if verb == "run":
         return run_all(run)
     figures = run_stage(run, verb)
-    from moyu_train.analysis.tables import console, print_figures
+    from moyu_train.analysis.tables import calibration_table, console, print_figures
 
-    if verb == "analyze":
+    if verb in ("calibrate-in-loop", "recalibrate"):
+        console.print(calibration_table(figures))
+        console.print(f"plot and figures in {run.stage_folder(verb).resolve()}")
+    elif verb == "analyze":
         from moyu_train.analysis.page import notions_table
 
         console.print(notions_table({"dense": figures}))
         console.print(f"plots and analysis.html in {run.stage_folder(verb).resolve()}")
     else:
         print_figures(verb, figures)
+    return figures
+
+
+def _refit(folder: Path, rest: list[str]) -> dict[str, Any]:
+    from moyu_train.analysis.tables import calibration_table, console
+    from moyu_train.checkpoints.refit import checkpoint_of, recipe_of, refit
+
+    folder = checkpoint_of(folder)
+    figures = refit(folder, recipe_of(folder, rest))
+    console.print(calibration_table(figures))
+    console.print(f"predictors of {folder.resolve()} fitted again ({figures['family']})")
     return figures
 
 
@@ -247,6 +272,15 @@ def _generate(known: argparse.Namespace) -> dict[str, Any]:
         mode=known.mode,
         backend=known.backend,
     )
+
+
+def _export_predictors(known: argparse.Namespace) -> dict[str, Any]:
+    from moyu_train.checkpoints.powerinfer import export_powerinfer
+    from moyu_train.checkpoints.refit import checkpoint_of
+
+    figures = export_powerinfer(checkpoint_of(Path(known.folder)), Path(known.out))
+    print(f"{figures['layers']} layers in {figures['folder']}; powerinfer.sparse_threshold is {figures['threshold']}")
+    return figures
 
 
 def _recipes(known: argparse.Namespace) -> dict[str, Any]:

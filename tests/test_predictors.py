@@ -26,7 +26,7 @@ from moyu_train.predictors.mlp import MLP
 from moyu_train.predictors.signs import Signs
 from moyu_train.predictors.svd import SVD
 from moyu_train.registry import resolve
-from moyu_train.settings import Method
+from moyu_train.settings import Calibrate, Method
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
@@ -48,7 +48,7 @@ def fitted(family: str, folder: Path, model: torch.nn.Module | None = None) -> t
     model = model or tiny_model()
     rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 600, passes=1)
     cls, options = CASES[family]
-    trainer = PredictorTrainer(model, rule, cls, cls.Options(**options), folder)
+    trainer = PredictorTrainer(model, rule.rules, cls, cls.Options(**options), folder)
     return model, rule.rules, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
 
 
@@ -134,7 +134,9 @@ def test_interrupted_fit_goes_on_to_the_same_predictors(
 @pytest.mark.parametrize("family", CASES)
 def test_in_loop_calibration_takes_every_family(family: str, tmp_path: Path) -> None:
     model, rules, predictors = fitted(family, tmp_path)
-    _, figures = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.2, itemsize=4)
+    _, figures = calibrate_in_loop(
+        model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.2), itemsize=4
+    )
     assert abs(figures["bytes_skipped"] - 0.2) <= 0.002
 
 
