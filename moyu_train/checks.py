@@ -97,7 +97,7 @@ def _check_predictor(recipe: Recipe, sparsifier: str, rule: Rule, blocks: list[F
     dense = sum(ffn_bytes(block, itemsize) for block in blocks)
     share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
     target = recipe.calibrate.bytes_skipped
-    if share + target >= 1:
+    if target is not None and share + target >= 1:
         raise MoyuError(
             f"calibrate.bytes_skipped {target} cannot be reached: the predictors alone are {share:.0%} of the "
             "FFN's bytes; lower it, or make the predictor smaller"

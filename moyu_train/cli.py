@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moyu_train import about
+from moyu_train import about, on_folder
 from moyu_train.errors import MoyuError
 from moyu_train.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -49,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "bench":
             _add_bench_options(sub)
             what += "; or `ops` (the kernels one by one) or `model` (whole models, from FOLDER or of a --shape)"
+        if name == "fit-predictors":
+            what += "; after --from a sparse checkpoint, or a run with one"
+            sub.add_argument(
+                "--from", action="store_true", dest="refit", help="fit those of a checkpoint again, on its own weights"
+            )
         sub.add_argument("recipe", help=what)
         if name == "analyze":
             sub.add_argument("--against", metavar="MODEL", help="a second model, or sparse checkpoint, side by side")
@@ -67,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     plain = verb("export-dense", "a stock folder of a sparse checkpoint's weights, without its masks")
     plain.add_argument("folder", help="sparse checkpoint")
     plain.add_argument("out", help="folder to write")
+    foreign = verb("export-predictors", "write a checkpoint's predictors as PowerInfer's converter reads them")
+    foreign.add_argument("folder", help="sparse checkpoint")
+    foreign.add_argument("out", help="folder for model_0.pt, model_1.pt and so on")
     recipes = verb("recipes", "list the shipped recipes, or copy one")
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
     cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
@@ -153,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "generate": _generate,
-        "export-dense": _export_dense,
+        "generate": on_folder.generate,
+        "export-dense": on_folder.export_dense,
+        "export-predictors": on_folder.export_predictors,
         "recipes": about.recipes,
         "collect": _collect,
         "env": about.env,
@@ -170,9 +179,11 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     if known.verb == "bench":
         _refuse_bench_options(known)
     if known.verb in ON_FOLDER and (Path(known.recipe) / "moyu").is_dir():
-        return _on_folder(known.verb, Path(known.recipe), rest)
+        return on_folder.on_folder(known.verb, Path(known.recipe), rest)
     if known.verb == "reproduce":
         return _reproduce(known, rest)
+    if known.verb == "fit-predictors" and known.refit:
+        return on_folder.refit(Path(known.recipe), rest)
     recipe = load_recipe(known.recipe, rest)
     if known.verb == "step-cost":
         return _step_cost(recipe)
@@ -197,9 +208,12 @@ def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     if verb == "run":
         return run_all(run)
     figures = run_stage(run, verb)
-    from moyu_train.analysis.tables import console, print_figures
+    from moyu_train.analysis.tables import calibration_table, console, print_figures
 
-    if verb == "analyze":
+    if verb in ("calibrate-in-loop", "recalibrate"):
+        console.print(calibration_table(figures))
+        console.print(f"plot and figures in {run.stage_folder(verb).resolve()}")
+    elif verb == "analyze":
         from moyu_train.analysis.page import notions_table
 
         console.print(notions_table({"dense": figures}))
@@ -259,40 +273,6 @@ def _inspect(recipe: Recipe) -> dict[str, Any]:
 
     figures = inspect(recipe)
     print_inspection(figures)
-    return figures
-
-
-def _on_folder(verb: str, folder: Path, rest: list[str]) -> dict[str, Any]:
-    from moyu_train.analysis.tables import print_figures
-    from moyu_train.checkpoints.folder import bench_folder, evaluate_folder, verify_folder
-
-    recipe = load_recipe(str(folder), rest)
-    actions = {"verify": verify_folder, "evaluate": evaluate_folder, "bench": bench_folder}
-    figures = actions[verb](folder, recipe)
-    print_figures(verb, figures)
-    return figures
-
-
-def _generate(known: argparse.Namespace) -> dict[str, Any]:
-    from moyu_train.evaluation.generate import generate
-
-    return generate(
-        Path(known.folder),
-        known.prompt,
-        max_new_tokens=known.max_new_tokens,
-        temperature=known.temperature,
-        chat=known.chat,
-        mode=known.mode,
-        backend=known.backend,
-    )
-
-
-def _export_dense(known: argparse.Namespace) -> dict[str, Any]:
-    from moyu_train.analysis.tables import print_figures
-    from moyu_train.checkpoints.dense import export_dense
-
-    figures = export_dense(Path(known.folder), Path(known.out))
-    print_figures("export-dense", figures)
     return figures
 
 

@@ -23,8 +23,10 @@ from moyu_train.checks import check_methods, check_model, check_parent
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable, sha256, write_json, write_text
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
+from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import CONTROL, SHARED, Recipe
+from moyu_train.registry import resolve
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
@@ -196,6 +198,9 @@ class Run:
             parts += _weights(self._parent)
         if "evaluate" in STAGES[name].sections:
             parts += [sha256(path) for _, path in recipe.evaluate.files]
+        if recipe.predictor and "predictor" in STAGES[name].sections:
+            cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
+            parts += [sha256(path) for path in cls.files(options)]
         parts += [self.key_of(need, recipe) for need in self.needs(name)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

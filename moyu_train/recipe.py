@@ -187,8 +187,8 @@ def _override(settings: dict[str, Any], overrides: list[str]) -> None:
         target[key] = yaml.safe_load(value)
 
 
-def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a YAML recipe, or take `source` as a model and every other setting at its default.
+def load_recipe(source: str, overrides: list[str] | None = None, known: dict[str, Any] | None = None) -> Recipe:
+    """Read a YAML recipe, or take `source` as a model and every other setting from `known`, or at its default.
 
     Raises: RecipeError naming each wrong key with the nearest valid one.
     """
@@ -204,7 +204,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
             raise RecipeError(f"recipe {source!r} must be a mapping of settings, got {type(settings).__name__}")
         name = f"{path.parent.name}-{path.stem}" if path.parent.name else path.stem
     else:
-        settings, name = {"model": source}, Path(source.replace(":", "-")).name
+        settings, name = {"model": source, **(known or {})}, Path(source.replace(":", "-")).name
     _override(settings, overrides or [])
     settings.setdefault("run", f"runs/{name}")
     try:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+GOALS = ("bytes_skipped", "ppl_over_rule", "recall")  # of `calibrate`, one of them
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
@@ -229,8 +231,32 @@ class Fit(Section):
 
 
 class Calibrate(Section):
+    """Text to calibrate on, and the one goal that the predictors' cuts are found for (moyu_train/training/loop.py)."""
+
     tokens: int = Field(4096, ge=1)
-    bytes_skipped: float = Field(0.45, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read")
+    bytes_skipped: float | None = Field(
+        None, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read; 0.45 where no goal is named"
+    )
+    ppl_over_rule: float | None = Field(None, gt=1, description="most perplexity, over that under the rule's own mask")
+    recall: float | None = Field(None, gt=0, lt=1, description="least share of the rule's neurons that is selected")
+    batch: int = Field(1, ge=1, le=8, description="sequences decoded together: bytes are of the union of their neurons")
+    search: int = Field(0, ge=0, description="runs of the model to share out the bytes among the layers; 0: evenly")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_goal(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        named = [goal for goal in GOALS if settings.get(goal) is not None]
+        if len(named) > 1:
+            given = " and ".join(f"{goal} {settings[goal]}" for goal in named)
+            raise ValueError(f"calibrate takes one goal, and {given} are given; set all but one to null")
+        return settings if named else {**settings, "bytes_skipped": 0.45}
+
+    @property
+    def goal(self) -> tuple[str, float]:
+        """Name and value."""
+        return next((name, value) for name in GOALS if (value := getattr(self, name)) is not None)
 
 
 class Allocation(Section):

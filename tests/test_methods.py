@@ -18,6 +18,7 @@ from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors.lowbit import LowBit, round_weight
 from moyu_train.predictors.lowrank import LowRank, quantise_rows
+from moyu_train.settings import Calibrate
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
@@ -194,7 +195,7 @@ def fitted(
     model: torch.nn.Module, folder: Path, family: str = "lowbit"
 ) -> tuple[list[Rule], list[dict[str, torch.Tensor]]]:
     rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 600, passes=1)
-    trainer = PredictorTrainer(model, rule, *FAMILIES[family], folder)
+    trainer = PredictorTrainer(model, rule.rules, *FAMILIES[family], folder)
     return rule.rules, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
 
 
@@ -214,7 +215,7 @@ def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
         layer.mlp.act_fn = torch.nn.ReLU()
     rules, predictors = fitted(model, tmp_path)
     with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.4"):
-        calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+        calibrate_in_loop(model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,7 +249,9 @@ def test_in_loop_calibration_meets_its_target_and_counts_bytes_right(family: str
     model = tiny_model()
     blocks = find_blocks(model)
     rules, predictors = fitted(model, tmp_path, family)
-    calibrated, figures = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    calibrated, figures = calibrate_in_loop(
+        model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4
+    )
     assert abs(figures["bytes_skipped"] - 0.25) <= 0.002
     with SparseMasks(model, rules, calibrated) as masks:
         score(model, DOCUMENTS, 1024, "test")
@@ -274,7 +277,9 @@ def test_masks_compute_what_the_kernel_defines(family: str, tmp_path: Path) -> N
     """The multi-token path and the op agree on every row, counts included."""
     model = tiny_model()
     rules, predictors = fitted(model, tmp_path, family)
-    calibrated, _ = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    calibrated, _ = calibrate_in_loop(
+        model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4
+    )
     block = find_blocks(model)[0]
     x = torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
     with SparseMasks(model, rules, calibrated) as masks:
@@ -290,7 +295,9 @@ def test_masks_compute_what_the_kernel_defines(family: str, tmp_path: Path) -> N
 def test_oracle_keeps_as_many_neurons_and_more_contribution(tmp_path: Path) -> None:
     model = tiny_model()
     rules, predictors = fitted(model, tmp_path)
-    calibrated, _ = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.25, itemsize=4)
+    calibrated, _ = calibrate_in_loop(
+        model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4
+    )
     mass = {}
     for oracle in (False, True):
         with SparseMasks(model, rules, calibrated, oracle=oracle) as masks:

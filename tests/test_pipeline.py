@@ -100,10 +100,10 @@ def test_figures_are_true(finished: Path) -> None:
 
 def test_report_opens_offline(finished: Path) -> None:
     page = (finished / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "http" not in page.replace("http-equiv", "")
     assert "dense control" in page
-    for name in ("uplift.png", "layers.png", "quality.png", "training.png"):
+    for name in ("uplift.png", "layers.png", "calibration.png", "quality.png", "training.png"):
         assert (finished / "run" / name).stat().st_size > 5000
 
 

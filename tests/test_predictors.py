@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,29 @@ import torch
 from moyu_kernels.ops.ffn.naive import PREDICTORS as WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, gated_ffn, predictor_family, predictor_scores, unpack_codes
 from moyu_kernels.ops.ffn.simulated import PastMean, past_means
+from safetensors.torch import save_file
 from tiny import tiny_model
 
+from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score
+from moyu_train.files import write_json
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.state import predictors_from_tensors, predictors_to_tensors, stored_bytes, thresholds_to_tensors
 from moyu_train.predictors import PREDICTORS
+from moyu_train.predictors.block import Block
 from moyu_train.predictors.history import History
+from moyu_train.predictors.imported import DejaVu, PowerInfer
 from moyu_train.predictors.lowbit import LowBit
 from moyu_train.predictors.lowrank import LowRank
 from moyu_train.predictors.mlp import MLP
+from moyu_train.predictors.shared import Shared
 from moyu_train.predictors.signs import Signs
 from moyu_train.predictors.svd import SVD
 from moyu_train.registry import resolve
-from moyu_train.settings import Method
+from moyu_train.settings import Calibrate, Method
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.loop import calibrate_in_loop
@@ -34,11 +41,38 @@ from moyu_train.training.rule import calibrate_rule
 
 CPU = torch.device("cpu")
 DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(i)) for i in range(3)])
+FILES = tempfile.TemporaryDirectory()
+IMPORTED = {"dejavu": "c4_layer{}_-0.98-100.pt", "powerinfer": "model_{}.pt"}
+
+
+def save_foreign(family: str, folder: Path, bias: bool = False, hidden: int = 32) -> list[torch.nn.Sequential]:
+    """Files as the other project writes them, for two layers, and the modules that they hold."""
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    modules = []
+    for layer in range(2):
+        first, second = torch.nn.Linear(hidden, 4, bias=bias), torch.nn.Linear(4, 96, bias=bias)
+        state = torch.nn.Sequential(first, second).state_dict()
+        if family == "powerinfer":
+            state = {f"fc{int(name[0]) + 1}{name[1:]}": tensor for name, tensor in state.items()}
+        torch.save(state, folder / IMPORTED[family].format(layer))
+        between = torch.nn.ReLU() if family == "powerinfer" else torch.nn.Identity()
+        modules.append(torch.nn.Sequential(first, between, second))
+    return modules
+
+
+for family in IMPORTED:
+    save_foreign(family, Path(FILES.name) / family)
+
 CASES: dict[str, tuple[type, dict]] = {
+    "dejavu": (DejaVu, {"folder": f"{FILES.name}/dejavu"}),
+    "powerinfer": (PowerInfer, {"folder": f"{FILES.name}/powerinfer"}),
+    "block": (Block, {"rank": 4, "block": 16}),
     "history": (History, {"rank": 4, "decay": 0.5}),
     "lowbit": (LowBit, {"bits": 1}),
     "lowrank": (LowRank, {"rank": 4}),
     "mlp": (MLP, {"rank": 8, "batch": 25}),
+    "shared": (Shared, {"rank": 4}),
     "signs": (Signs, {}),
     "svd": (SVD, {"rank": 4}),
 }
@@ -48,7 +82,7 @@ def fitted(family: str, folder: Path, model: torch.nn.Module | None = None) -> t
     model = model or tiny_model()
     rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 600, passes=1)
     cls, options = CASES[family]
-    trainer = PredictorTrainer(model, rule, cls, cls.Options(**options), folder)
+    trainer = PredictorTrainer(model, rule.rules, cls, cls.Options(**options), folder)
     return model, rule.rules, trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
 
 
@@ -84,7 +118,7 @@ def test_storage_form_bytes_and_round_trip(family: str, tmp_path: Path) -> None:
     assert scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [family for family in CASES if family not in ("block", *IMPORTED)])
 def test_beats_a_fixed_choice_of_neurons(family: str) -> None:
     """At half the neurons per token, on text that it was not fitted on; signs are too coarse for 32 inputs."""
     block = find_blocks(tiny_model())[0]
@@ -134,7 +168,9 @@ def test_interrupted_fit_goes_on_to_the_same_predictors(
 @pytest.mark.parametrize("family", CASES)
 def test_in_loop_calibration_takes_every_family(family: str, tmp_path: Path) -> None:
     model, rules, predictors = fitted(family, tmp_path)
-    _, figures = calibrate_in_loop(model, rules, predictors, DOCUMENTS, 600, 0.2, itemsize=4)
+    _, figures = calibrate_in_loop(
+        model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.2), itemsize=4
+    )
     assert abs(figures["bytes_skipped"] - 0.2) <= 0.002
 
 
@@ -233,6 +269,154 @@ def test_history_does_not_cross_documents(tmp_path: Path) -> None:
             score(model, documents, 1024, "test")
         seen.append(last[-2:])
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def test_blocks_are_scored_and_selected_as_a_whole(tmp_path: Path) -> None:
+    """A planted map from x to blocks is found, though single neurons are noise; through the op all of a block goes."""
+    g = torch.Generator().manual_seed(0)
+    block = FFNBlock("", torch.nn.Identity(), "gated", "gate", "up", "down", hidden=8, neurons=64)
+    x = torch.randn(4000, 8, generator=g)
+    root = (4 + 0.3 * x @ torch.randn(8, 2, generator=g) @ torch.randn(2, 4, generator=g)).clamp_min(0)  # of 4 blocks
+    noise = torch.rand(4000, 64, generator=g) * 2  # of mean 1
+    predictor = Block(Block.Options(rank=2, ridge=1e-6), block, CPU)
+    predictor.observe(x, root.square().repeat_interleave(16, dim=1) * noise)
+    scores = predictor_scores(x, list(predictor.solve().values()), torch.nn.functional.silu)
+    of_blocks = scores.unflatten(1, (4, 16))
+    assert torch.equal(of_blocks, of_blocks[..., :1].expand_as(of_blocks))
+    found, wanted = of_blocks[..., 0], root / root.mean()
+    assert (found - wanted).square().mean() < 0.05 * wanted.var(0).mean()
+
+    model, rules, predictors = fitted("block", tmp_path)
+    gate, up, down = find_blocks(model)[0].weights()
+    parts = list((predictors[0] | {"bias": predictors[0]["bias"] - 1}).values())
+    _, counts = gated_ffn(torch.randn(30, 32), gate, up, down.T, rules[0].threshold, "silu", parts)
+    assert (counts[:, 0] % 16 == 0).all()
+    assert (counts[:, 1] % 16 != 0).any()
+    assert 0 < counts[:, 0].float().mean() < 96
+
+
+def test_blocks_that_do_not_divide_a_layer_are_refused() -> None:
+    with pytest.raises(MoyuError, match=r"predictor\.block 64 does not divide a layer's 96 neurons"):
+        Block.planned_bytes(Block.Options(block=64), 32, 96)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("family", IMPORTED)
+def test_imported_predictors_score_as_they_did(family: str, bias: bool, tmp_path: Path) -> None:
+    modules = save_foreign(family, tmp_path, bias)
+    cls, options = resolve("predictor", Method(name=family, folder=str(tmp_path)), PREDICTORS)
+    for block, module in zip(find_blocks(tiny_model()), modules, strict=True):
+        predictor = cls(options, block, CPU)
+        x = inputs(500)
+        predictor.observe(x, contributions(block, x))
+        scores = predictor_scores(x, list(predictor.solve().values()), torch.nn.functional.silu)
+        expected = module(x).detach()
+        expected = expected / expected.square().mean().sqrt()
+        assert (scores - expected).norm() < 0.02 * expected.norm()
+
+
+def saved(folder: Path, predictors: list[dict[str, torch.Tensor]]) -> Path:
+    """As much of a sparse checkpoint as there is to say of predictors."""
+    (folder / "moyu").mkdir(parents=True, exist_ok=True)
+    tensors = thresholds_to_tensors([torch.zeros(96) for _ in predictors]) | predictors_to_tensors(predictors)
+    save_file(tensors, folder / "moyu" / "state.safetensors")
+    write_json(folder / "config.json", {"moyu": {"predictor": {"ffn_sha256": "1"}}})
+    write_json(folder / "moyu" / "manifest.json", {"ffn_sha256": "1"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["mlp", *IMPORTED])
+def test_powerinfer_selects_what_the_checkpoint_does(
+    family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cls, options = CASES[family]
+    options = options | ({"biases": False} if family == "mlp" else {})
+    x = inputs(300)
+    predictors = []
+    for block, cut in zip(find_blocks(tiny_model()), (0.1, 0.4), strict=True):
+        predictor = cls(cls.Options(**options), block, CPU)
+        contribution = contributions(block, x)
+        predictor.observe(x, contribution, contribution > contribution.median())
+        found = predictor.solve()
+        predictors.append(found | {"bias": found["bias"] - cut})
+    out = tmp_path / "out"
+    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "2 layers" in said
+    threshold = float(said.split()[-1])
+    assert threshold == 1
+    for layer, predictor in enumerate(predictors):
+        state = torch.load(out / f"model_{layer}.pt", weights_only=True)
+        scores = torch.relu(x @ state["fc1.weight"].T) @ state["fc2.weight"].T
+        chosen = predictor_scores(x, list(predictor.values()), torch.nn.functional.silu) > 0
+        assert ((scores >= threshold) == chosen).float().mean() > 0.999  # sums in another order
+        assert 0.02 < chosen.float().mean() < 0.98
+    predictors[0]["bias"] = predictors[0]["bias"] + 0.5
+    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 1
+    assert "cuts are -0.4, 0.4, and PowerInfer's one threshold" in capsys.readouterr().err
+    predictors[0]["bias"][3] += 1
+    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 1
+    assert "predictor of layer 0 has biases" in capsys.readouterr().err
+
+
+def test_a_shared_trunk_is_one_matrix_and_alone_it_is_lowrank(tmp_path: Path) -> None:
+    _, _, predictors = fitted("shared", tmp_path)
+    assert torch.equal(predictors[0]["w1"], predictors[1]["w1"])
+    assert not torch.equal(predictors[0]["w2"], predictors[1]["w2"])
+    g = torch.Generator().manual_seed(0)
+    block = FFNBlock("", torch.nn.Identity(), "gated", "gate", "up", "down", hidden=16, neurons=24)
+    x = torch.randn(3000, 16, generator=g) @ torch.randn(16, 16, generator=g)
+    directions = torch.randn(16, 3, generator=g)  # what both layers' neurons depend on
+    layers = [Shared(Shared.Options(rank=3, ridge=1e-6), block, CPU) for _ in range(2)]
+    roots = [(9 + 0.1 * x @ directions @ torch.randn(3, 24, generator=g)).clamp_min(0) for _ in layers]
+    for layer, root in zip(layers, roots, strict=True):
+        layer.observe(x, root.square())
+    alone = LowRank(layers[0].options, block, CPU)
+    alone.load(layers[0].state())
+    single = Shared(layers[0].options, block, CPU)
+    single.load(layers[0].state())
+
+    def scores(predictor: LowRank) -> torch.Tensor:
+        return predictor_scores(x, list(predictor.solve().values()), torch.nn.functional.silu)
+
+    torch.testing.assert_close(scores(single), scores(alone), rtol=0, atol=0.02)
+    Shared.together(layers)
+    for layer, root in zip(layers, roots, strict=True):
+        wanted = root / root.mean()
+        assert (scores(layer) - wanted).square().mean() < 0.01 * wanted.var(0).mean()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code ran",))
+
+
+def test_foreign_files_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    block, options = find_blocks(tiny_model())[1], PowerInfer.Options(folder=str(tmp_path))
+
+    def refused(match: str, cls: Any = PowerInfer) -> None:
+        with pytest.raises(MoyuError, match=match):
+            cls(options, block, CPU)
+
+    refused(r"has predictors of the layers \[\]; it needs one file a layer")
+    save_foreign("powerinfer", tmp_path, hidden=31)
+    refused(r"has fc1\.weight \[4, 31\] and fc2\.weight \[96, 4\]; the block needs \[R, 32\] and \[96, R\]")
+    refused(r"model_1\.pt holds fc1\.weight, fc2\.weight; predictor 'dejavu' needs 0\.weight, 1\.weight", DejaVu)
+    torch.save({"fc1.weight": torch.ones(4), "fc2.weight": torch.ones(96, 4)}, tmp_path / "model_1.pt")
+    refused(r"both must be matrices")
+    torch.save({"fc1.weight": torch.full((4, 32), torch.nan), "fc2.weight": torch.ones(96, 4)}, tmp_path / "model_1.pt")
+    refused("values that are not finite")
+    torch.save({"fc1.weight": Evil()}, tmp_path / "model_1.pt")
+    refused("could not be read as a state dict of tensors and nothing else")
+    (tmp_path / "model_1.pt").write_bytes(b"not a file of torch's")
+    refused("could not be read")
+    assert "code ran" not in capsys.readouterr().out
+    (tmp_path / "model_1.pt").unlink()
+    refused("has 1 layers and the model has more")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "model_0.pt").symlink_to(tmp_path / "model_0.pt")
+    options = PowerInfer.Options(folder=str(tmp_path / "inside"))
+    refused("is a link out of the folder")
 
 
 def trained(**options: float) -> tuple[float, float]:

@@ -167,7 +167,7 @@ def test_predictors_under_every_rule_that_takes_them(tmp_path: Path, name: str) 
     sparsifier = calibrated(name, model)
     options = LowBit.Options()
     windows = torch.cat(DOCUMENTS.tokens)[:512].view(16, 32)
-    predictors = PredictorTrainer(model, sparsifier, LowBit, options, tmp_path).fit(windows, 100)
+    predictors = PredictorTrainer(model, sparsifier.rules, LowBit, options, tmp_path).fit(windows, 100)
     block, x = find_blocks(model)[0], torch.randn(1, 20, 32, generator=torch.Generator().manual_seed(0))
     for predictor in predictors:
         predictor["bias"] -= 0.5

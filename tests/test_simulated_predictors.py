@@ -68,7 +68,7 @@ def test_predictors_of_weights_that_have_changed_are_refused(
     run = Run(load_recipe(str(recipe)))
     record = json.loads((tmp_path / "run" / "fit-predictors" / "stage.json").read_text())
     monkeypatch.setattr(Run, "figures", lambda self, name: record["figures"])
-    with pytest.raises(MoyuError, match="fitted for other weights; run `moyu fit-predictors` again"):
+    with pytest.raises(MoyuError, match="fitted for other weights; delete that folder and run `moyu fit-predictors`"):
         stages.in_loop(run, tmp_path / "out")
 
 
@@ -77,5 +77,5 @@ def test_stale_predictors_of_a_checkpoint_are_not_read(tmp_path: Path) -> None:
     save_file({"blocks.0.threshold": torch.ones(3)}, tmp_path / "moyu" / "state.safetensors")
     write_json(tmp_path / "config.json", {"moyu": {"predictor": {"ffn_sha256": "0" * 64}}})
     write_json(tmp_path / MANIFEST, {"ffn_sha256": "1" * 64})
-    with pytest.raises(MoyuError, match="the predictors are stale"):
+    with pytest.raises(MoyuError, match=r"the predictors are stale, .* `moyu fit-predictors --from"):
         read_state(tmp_path)

@@ -203,9 +203,9 @@ def test_predictors_are_fitted_or_refused(case: Case, tmp_path: Path) -> None:
     rule = calibrate_rule(model, Threshold, Threshold.Options(), 0.5, DOCUMENTS, 200, passes=1)
     if case.layout != "gated":
         with pytest.raises(MoyuError, match="predictors are fitted for gated FFN blocks so far, this model has"):
-            PredictorTrainer(model, rule, LowBit, LowBit.Options(), tmp_path)
+            PredictorTrainer(model, rule.rules, LowBit, LowBit.Options(), tmp_path)
         return
-    trainer = PredictorTrainer(model, rule, LowBit, LowBit.Options(), tmp_path)
+    trainer = PredictorTrainer(model, rule.rules, LowBit, LowBit.Options(), tmp_path)
     predictors = trainer.fit(DOCUMENTS.packed(50, 0), save_every=100)
     with SparseMasks(model, rule.rules, predictors, cuts=[0.9] * len(predictors)) as masks, torch.no_grad():
         model(IDS, use_cache=False)

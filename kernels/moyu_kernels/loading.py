@@ -104,7 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if found != expected:
             raise CheckpointError(
                 f"{file} was changed or damaged after the export (SHA-256 {found[:12]}…, manifest {expected[:12]}…); "
-                "copy it again, or export the changed model again"
+                "copy it again, or export the changed model again; where you changed weights, fit predictors for "
+                f"them with `moyu fit-predictors --from {folder}`"
             )
     return manifest
 
@@ -153,7 +154,8 @@ def _predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str,
     if predictor["ffn_sha256"] != manifest["ffn_sha256"]:
         raise CheckpointError(
             f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
-            f"folder holds {manifest['ffn_sha256'][:12]}…; fit the predictors on these weights and export again"
+            f"folder holds {manifest['ffn_sha256'][:12]}…; fit them on these weights with "
+            f"`moyu fit-predictors --from {folder}`"
         )
     return PREDICTORS.get(predictor["family"], ())
 

@@ -15,10 +15,11 @@ class Histogram:
         self.low, self.step = low, (high - low) / BINS
         self.counts = torch.zeros(layers, BINS, dtype=torch.float64)
 
-    def add(self, layer: int, values: Tensor) -> None:
-        """values: fp32, any shape."""
+    def add(self, layer: int, values: Tensor, weights: Tensor | None = None) -> None:
+        """values: fp32, any shape; weights: of each, of the same shape, default 1."""
         bins = ((values.detach() - self.low) / self.step).clamp(0, BINS - 1).long()
-        self.counts[layer] += torch.bincount(bins.flatten(), minlength=BINS).double().cpu()
+        weights = weights if weights is None else weights.flatten().double()
+        self.counts[layer] += torch.bincount(bins.flatten(), weights, minlength=BINS).double().cpu()
 
     def levels(self, density: float | Sequence[float]) -> list[float]:
         """Per layer the value that a share of the counted values reaches, interpolated within a bin.

@@ -7,12 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-TITLES = (
-    "Over-activation: perplexity under oracle masks",
-    "Neurons selected and kept, layer by layer",
-    "Quality against bytes skipped",
-    "Training",
-)
+TITLES = {
+    "uplift.png": "Over-activation: perplexity under oracle masks",
+    "layers.png": "Neurons selected and kept, layer by layer",
+    "calibration.png": "Calibration: perplexity against bytes skipped, on validation text",
+    "quality.png": "Quality against bytes skipped",
+    "training.png": "Training",
+}
 
 
 def axes_of(x: str, y: str) -> tuple[Figure, Any]:
@@ -96,6 +97,25 @@ def frontier(figures: dict[str, Any]) -> Figure:
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, marker="o", linestyle="--" if family in dashed else "-", label=family)
     axes.axhline(figures["ppl"]["rule"] / figures["ppl"]["dense"], linestyle=":", color="black", label="rule mask")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.legend(fontsize="small")
+    return figure
+
+
+def calibration(figures: dict[str, Any]) -> Figure:
+    """Figures of a calibration in the loop: what its runs paid in perplexity, and the one that was taken."""
+    figure, axes = axes_of(
+        f"FFN bytes skipped at batch {figures['batch']}, in the loop", "perplexity, relative to the rule's own mask"
+    )
+    even = sorted((p["bytes_skipped"], p["ppl_over_rule"]) for p in figures["frontier"] if p["even"])
+    axes.plot(*zip(*even, strict=True), marker="o", label="every layer the same share")
+    others = [(p["bytes_skipped"], p["ppl_over_rule"]) for p in figures["frontier"] if not p["even"]]
+    if others:
+        axes.scatter(*zip(*others, strict=True), marker="x", color="grey", label="shared out otherwise")
+    axes.scatter(figures["bytes_skipped"], figures["ppl_over_rule"], s=120, marker="*", color="tab:red", label="taken")
+    axes.axhline(1.0, linestyle=":", color="black", label="rule mask")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())

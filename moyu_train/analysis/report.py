@@ -1,4 +1,4 @@
-"""The report stage: result.json, the tables, three plots and one HTML file that opens offline."""
+"""The report stage: result.json, the tables, the plots and one HTML file that opens offline."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from moyu_train.analysis import plots
-from moyu_train.analysis.tables import console, quality_table, speed_table, task_table
+from moyu_train.analysis.tables import calibration_table, console, quality_table, speed_table, task_table
 from moyu_train.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -89,9 +89,13 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
         "quality.png": plots.quality(result),
         "training.png": plots.training(run.stage_folder("finetune") / "metrics.jsonl"),
     }
+    if run.recipe.predictor:
+        images["calibration.png"] = plots.calibration(run.figures("recalibrate"))
     for name, figure in images.items():
         figure.savefig(run.folder / name, dpi=120)
     tables = [quality_table(result)]
+    if run.recipe.predictor:
+        tables.append(calibration_table(run.figures("recalibrate")))
     if "tasks" in result or "agreement" in result:
         tables.append(task_table(result))
     if "bench" in result:
@@ -105,8 +109,9 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
         indent=1,
     )
     pictures = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{png_of(figure)}">'
-        for figure, title in zip(images.values(), plots.TITLES, strict=True)
+        f'<h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{png_of(images[name])}">'
+        for name, title in plots.TITLES.items()
+        if name in images
     )
     page = PAGE.format(
         title=f"moyu: {html.escape(result['model'])}",

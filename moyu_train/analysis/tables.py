@@ -69,6 +69,28 @@ def predictor_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+def calibration_table(figures: dict[str, Any]) -> Table:
+    """Figures of a calibration in the loop: the runs of the model by the bytes that they skipped."""
+    (goal, value), *_ = figures["goal"].items()
+    table = Table(title=f"Calibration on validation text for {goal} {value:g}, at batch {figures['batch']}")
+    for name in ("layers", "bytes skipped", "perplexity over rule", "recall"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for point in sorted(figures["frontier"], key=lambda point: point["bytes_skipped"]):
+        taken = all(point[name] == figures[name] for name in ("bytes_skipped", "ppl_over_rule", "recall"))
+        table.add_row(
+            "the same share" if point["even"] else "shared out",
+            _share(point["bytes_skipped"]),
+            f"{point['ppl_over_rule']:.4f}",
+            _share(point["recall"]),
+            style="bold" if taken else None,
+        )
+    table.caption = (
+        "Each row is a run of the masked model; bold: taken. Bytes include the predictors' own. Recall: of the neurons "
+        "that the rule keeps, by count, mean over layers."
+    )
+    return table
+
+
 VARIANTS = ("dense", "control", "sparse")  # those that tasks and agreement are measured on
 
 

@@ -23,6 +23,8 @@ from moyu_train.models.state import (
     thresholds_to_tensors,
 )
 
+RECORDED = "settings"  # in what the config tells of the predictors: how they were fitted
+
 
 def export(
     model: Any,
@@ -32,13 +34,14 @@ def export(
     rules: list[Rule],
     predictors: list[dict[str, Tensor]] | None,
     family: str | None,
-    selected: float | None = None,
+    recorded: dict[str, Any] | None = None,
     inputs: dict[str, Rule] | None = None,
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
 
     name: of the sparsifier; rules: one a block, alike but for their thresholds;
-    selected: share of the neurons that the predictors selected on the calibration text, for the density guard;
+    recorded: what else the checkpoint tells of its predictors: `selected`, the share of the neurons that they selected
+        on the calibration text, for the density guard; the calibration's figures; settings to fit them again;
     inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
@@ -76,23 +79,28 @@ def export(
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
             "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
-            "predictor": {"family": family, "ffn_sha256": digest, "selected": selected} if predictors else None,
+            "predictor": {"family": family, "ffn_sha256": digest, **(recorded or {})} if predictors else None,
         }
         describe_blocks(config, described)
         config.save_pretrained(temporary)
         (temporary / "moyu").mkdir()
         save_file(tensors, temporary / STATE)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "files": {path.relative_to(temporary).as_posix(): sha256(path) for path in files},
-            "ffn_sha256": digest,
-        }
-        write_json(temporary / MANIFEST, manifest)
+        write_manifest(temporary, digest)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_manifest(folder: Path, digest: str) -> None:
+    """The last file of a checkpoint, with the hashes of all others; digest: of the FFN weights."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        "ffn_sha256": digest,
+    }
+    write_json(folder / MANIFEST, manifest)
 
 
 def read_inputs(folder: Path) -> dict[str, Rule]:
@@ -103,20 +111,24 @@ def read_inputs(folder: Path) -> dict[str, Rule]:
     return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in enumerate(inputs["paths"])}
 
 
+def read_rules(folder: Path) -> list[Rule]:
+    """The rule of each block of a sparse checkpoint."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    formula = config["moyu"].get("formula", {})
+    return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(load_file(folder / STATE))]
+
+
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:
     """Rules and predictors (None where there are none) of a sparse checkpoint.
 
     Raises: MoyuError where the predictors were fitted for other FFN weights.
     """
-    tensors = load_file(folder / STATE)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    formula = config["moyu"].get("formula", {})
     fitted_for = (config["moyu"]["predictor"] or {}).get("ffn_sha256")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if fitted_for not in (None, manifest["ffn_sha256"]):
         raise MoyuError(
-            f"{str(folder)!r}: the predictors are stale, they were fitted for other FFN weights; fit them on these and "
-            "export again"
+            f"{str(folder)!r}: the predictors are stale, they were fitted for other FFN weights; fit them on these "
+            f"with `moyu fit-predictors --from {folder}`"
         )
-    rules = [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
-    return rules, predictors_from_tensors(tensors) or None
+    return read_rules(folder), predictors_from_tensors(load_file(folder / STATE)) or None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moyu_train.checkpoints.export import export
+from moyu_train.checkpoints.export import RECORDED, export
 from moyu_train.checkpoints.verify import verify
 from moyu_train.evaluation.inloop import row_bytes
 from moyu_train.files import check_writable
@@ -13,6 +13,7 @@ from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors import PREDICTORS
+from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
 CHECKPOINT = "checkpoint"
+CALIBRATION = ("goal", "batch", "bytes_skipped", "ppl_over_rule", "recall", "frontier")  # that a checkpoint tells
+
+
+def recorded(recipe: Recipe, calibrated: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's config tells of its predictors, beside their family and weights.
+
+    calibrated: figures of the calibration in the loop. Where the text came from is not told: paths are private.
+    """
+    settings = recipe.model_dump(mode="json", include={"predictor", "fit", "calibrate", "seed"})
+    return {
+        "selected": calibrated["selected_share"],
+        "calibration": {name: calibrated[name] for name in CALIBRATION},
+        RECORDED: settings,
+    }
 
 
 def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
@@ -31,9 +46,9 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     thresholds, predictors = read(run.before("export"))
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name
     family = resolve("predictor", run.recipe.predictor, PREDICTORS)[0].form if run.recipe.predictor else None
-    selected = run.figures("recalibrate")["selected_share"] if family else None
+    about = recorded(run.recipe, run.figures("recalibrate")) if family else None
     inputs = input_rules(run, "finetune")
-    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected, inputs)
+    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs)
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)

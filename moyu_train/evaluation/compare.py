@@ -11,29 +11,26 @@ from moyu_kernels.ops.ffn.naive import SIMULATED
 from moyu_kernels.rules import Rule
 from torch import Tensor
 
-from moyu_train.analysis.histogram import Histogram
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import Counts, SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
-from moyu_train.models.blocks import FFNBlock, device_of, ffn_bytes, ffn_sha256, find_blocks
+from moyu_train.models.blocks import FFNBlock, ffn_bytes, ffn_sha256, find_blocks
 from moyu_train.models.loading import load_dense
-from moyu_train.models.masking import InputMasks, Masking
+from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors import PREDICTORS
-from moyu_train.progress import track
 from moyu_train.registry import resolve
 from moyu_train.settings import Method
+from moyu_train.training.cuts import LEAST, Cuts, Predictors, find_cuts, share_for
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.inputs import input_rules
-from moyu_train.training.loop import SCORES
 from moyu_train.training.stages import read, sparsifier_of
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
-HALVINGS, SAMPLES = 30, 2000
-Predictors = list[dict[str, Tensor]]  # storage form, one a layer
+SAMPLES = 2000
 
 
 class Several:
@@ -63,71 +60,30 @@ class Several:
         for predictor in self.predictors:
             predictor.gather()
 
+    @staticmethod
+    def together(layers: Sequence["Several"]) -> None:
+        for family in zip(*(layer.predictors for layer in layers), strict=True):
+            family[0].together(family)
+
     def solve(self) -> list[dict[str, Tensor]]:
         return [predictor.solve() for predictor in self.predictors]
 
 
-class Cuts:
-    """Where to cut each layer's scores so that about so many bytes are skipped, from one pass under the rule mask.
+def even_cuts(cuts: Cuts, blocks: list[FFNBlock], predictors: Predictors, target: float, itemsize: int) -> list[float]:
+    """Where to cut each layer's scores so that about a share `target` of the bytes is skipped, all layers alike.
 
-    Every layer selects the same share of its neurons. How many of those the rule keeps is counted in that pass, so that
-    the share for a target needs no other one; under the predicted masks it comes out a little different.
+    Raises: MoyuError where even a single selected neuron in a hundred reads more.
     """
 
-    def __init__(self, layers: int) -> None:
-        self.all, self.kept = Histogram(layers, -SCORES, SCORES), Histogram(layers, -SCORES, SCORES)
+    def skipped(share: float) -> float:
+        return cuts.bytes_skipped(blocks, predictors, [share] * len(blocks), itemsize)
 
-    def add(self, layer: int, scores: Tensor, kept: Tensor) -> None:
-        """scores fp32 and kept bool `[..., F]`."""
-        self.all.add(layer, scores)
-        self.kept.add(layer, scores[kept])
-
-    def find(self, blocks: list[FFNBlock], predictors: Predictors, target: float, itemsize: int) -> list[float]:
-        """The cuts for a share `target` of bytes skipped.
-
-        Raises: MoyuError where even a single selected neuron in a hundred reads more.
-        """
-
-        def skipped(share: float) -> float:
-            counts = Counts.zeros(len(blocks))
-            for layer, (block, level) in enumerate(zip(blocks, self.all.levels(share), strict=True)):
-                above = int((level - self.all.low) / self.all.step)
-                tokens = self.all.counts[layer].sum() / block.neurons
-                counts.tokens[layer], counts.selected[layer] = tokens, share * tokens * block.neurons
-                counts.kept[layer] = self.kept.counts[layer, above:].sum()
-            return bytes_skipped(blocks, counts, predictors, itemsize)
-
-        low, high = 0.01, 0.99
-        if skipped(low) < target:
-            raise MoyuError(
-                f"compare.bytes_skipped {target} cannot be reached: {skipped(low):.3f} is skipped with 1 % of the "
-                "neurons selected; lower it, or make the predictors smaller"
-            )
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if skipped(middle) < target else (middle, high)
-        return self.all.levels(low)
-
-
-@torch.no_grad()
-def find_cuts(
-    model: Any, rules: list[Rule], fitted: list[Predictors], documents: Documents, inputs: dict[str, Rule]
-) -> list[Cuts]:
-    """One `Cuts` for each family's predictors, all from one pass over the documents."""
-    blocks = find_blocks(model)
-    cuts = [Cuts(len(blocks)) for _ in fitted]
-
-    def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
-        mask = rules[layer].mask(a, expert) & (a != 0)
-        for found, predictors in zip(cuts, fitted, strict=True):
-            found.add(layer, masking.scores(layer, predictors[layer]).view_as(a), mask)
-        return mask
-
-    masking = Masking(blocks, keep, inputs=True, rules=rules)
-    with InputMasks(model, inputs), masking:
-        for _, ids in track(documents.windows(1024), "compare: scores under the rule"):
-            model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
-    return cuts
+    if skipped(LEAST) < target:
+        raise MoyuError(
+            f"compare.bytes_skipped {target} cannot be reached: {skipped(LEAST):.3f} is skipped with 1 % of the "
+            "neurons selected; lower it, or make the predictors smaller"
+        )
+    return cuts.all.levels(share_for(skipped, target))
 
 
 def scored(model: Any, masks: SparseMasks, documents: Documents, window: int, what: str) -> tuple[Scores, list[Counts]]:
@@ -177,16 +133,16 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
     dense = score(run.dense(), documents, window, "compare: dense")
     model = load_dense(run.stage_folder(stage) / "model") if tuned else run.dense()
     thresholds, _ = read(run.stage_folder(stage))
-    sparsifier, inputs = sparsifier_of(recipe, thresholds), input_rules(run, stage)
+    rules, inputs = sparsifier_of(recipe, thresholds).rules, input_rules(run, stage)
     methods = [resolve("compare.predictors", method, PREDICTORS) for method in settings.predictors]
-    fitted = _fit(run, model, sparsifier, methods, stage, inputs)
-    cuts = find_cuts(model, sparsifier.rules, fitted, run.validation.first(recipe.calibrate.tokens), inputs)
-    judge = Judge(model, sparsifier.rules, inputs, documents, window, getattr(torch, recipe.export.dtype).itemsize)
+    fitted = _fit(run, model, rules, methods, stage, inputs)
+    cuts, _ = find_cuts(model, rules, fitted, run.validation.first(recipe.calibrate.tokens), inputs)
+    judge = Judge(model, rules, inputs, documents, window, getattr(torch, recipe.export.dtype).itemsize)
     rows, points = [], []
     for target in settings.bytes_skipped:
         first: list[Counts] = []
         for method, (cls, _), predictors, found in zip(settings.predictors, methods, fitted, cuts, strict=True):
-            levels = found.find(judge.blocks, predictors, target, judge.itemsize)
+            levels = even_cuts(found, judge.blocks, predictors, target, judge.itemsize)
             row, point, parts = judge.point(predictors, levels, cls.form, f"{label(method)} at {target:.0%}")
             first = first or parts
             rows.append({"family": label(method), **row, "ppl_over_dense": point["ppl"] / dense.perplexity})
@@ -213,12 +169,12 @@ def _windows(run: "Run") -> Tensor:
 
 
 def _fit(
-    run: "Run", model: Any, sparsifier: Any, methods: list[tuple[Any, Any]], stage: str, inputs: dict[str, Rule]
+    run: "Run", model: Any, rules: list[Rule], methods: list[tuple[Any, Any]], stage: str, inputs: dict[str, Rule]
 ) -> list[Predictors]:
     digest = run.recipe.digest("compare", "fit", "data", "seed")[:12]
     folder = run.folder / "compare-predictors" / f"{digest}-{run.key(stage)[:12]}"  # resumes what it was broken off in
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = PredictorTrainer(model, sparsifier, Several, methods, folder)
+    trainer = PredictorTrainer(model, rules, Several, methods, folder)
     with InputMasks(model, inputs):
         layers: list[Any] = trainer.fit(_windows(run), run.recipe.fit.save_every)
     return [[layer[i] for layer in layers] for i in range(len(methods))]

@@ -85,7 +85,7 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
     if not reason:
         rows = rows_read(density, rule, recipe.predictor is not None) / 3
         found["kept"] = _point(1 - rows * line - overhead, share, total)
-        if recipe.predictor:
+        if recipe.predictor and recipe.calibrate.bytes_skipped is not None:  # else the goal is another one
             found["calibrated"] = _point(recipe.calibrate.bytes_skipped, share, total)
     if wished:
         skipped = needed_share(share, wished)

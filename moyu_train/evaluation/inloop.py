@@ -5,7 +5,7 @@ Counts come from the very pass that is scored, so perplexity, density and bytes 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,7 +24,10 @@ LINE = 64  # bytes of a cache line
 
 @dataclass
 class Counts:
-    """Neurons selected (up read; gate too where a predictor selects) and kept (down read), and tokens: fp64 `[L]`."""
+    """Neurons selected (up read; gate too where a predictor selects) and kept (down read), and tokens: fp64 `[L]`.
+
+    The same once more for the rows that decode steps read: at a batch, of the union of its tokens' neurons.
+    """
 
     selected: Tensor
     kept: Tensor
@@ -32,10 +35,13 @@ class Counts:
     mass_kept: Tensor  # contribution of the kept neurons
     mass_rule: Tensor  # contribution of the neurons that the rule keeps
     ruled: Tensor  # neurons that the rule keeps, selected or not
+    selected_rows: Tensor
+    kept_rows: Tensor
+    steps: Tensor
 
     @classmethod
     def zeros(cls, layers: int) -> "Counts":
-        return cls(*(torch.zeros(layers, dtype=torch.float64) for _ in range(6)))
+        return cls(*(torch.zeros(layers, dtype=torch.float64) for _ in fields(cls)))
 
 
 def row_bytes(block: FFNBlock, itemsize: int) -> int:
@@ -51,7 +57,7 @@ def line_bytes(size: int) -> int:
 def bytes_skipped(
     blocks: list[FFNBlock], counts: Counts, predictors: list[dict[str, Tensor]] | None, itemsize: int
 ) -> float:
-    """Share of the FFN weight bytes that a batch-1 decode step does not read (DESIGN: the headline number).
+    """Share of the FFN weight bytes that a decode step does not read, at the batch that was counted.
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
     ones, all of the predictor, all thresholds.
@@ -59,11 +65,10 @@ def bytes_skipped(
     read = dense = 0.0
     for layer, block in enumerate(blocks):
         row = row_bytes(block, itemsize)
-        tokens = counts.tokens[layer].item()
-        tokens, selected = counts.tokens[layer].item(), counts.selected[layer].item()
+        steps, selected = counts.steps[layer].item(), counts.selected_rows[layer].item()
         gated = block.layout != "plain"
-        gates = (selected if predictors else tokens * block.neurons) if gated else 0
-        read += row * (gates + selected + counts.kept[layer].item()) / tokens
+        gates = (selected if predictors else steps * block.neurons) if gated else 0
+        read += row * (gates + selected + counts.kept_rows[layer].item()) / steps
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
         dense += (3 if gated else 2) * block.neurons * block.hidden * itemsize
     return 1 - read / dense
@@ -79,6 +84,7 @@ class SparseMasks:
         oracle: keep as many neurons per token and layer as the mask would, but those of largest contribution.
         observe: sees every layer's scores `[..., F]`.
         inputs: rules of the inputs of other linear layers, by path.
+        batch: sequences that a decode step takes together; above 1 the model must see activations `[batch, T, F]`.
     """
 
     def __init__(
@@ -90,10 +96,12 @@ class SparseMasks:
         oracle: bool = False,
         observe: Callable[[int, Tensor], None] | None = None,
         inputs: dict[str, Rule] | None = None,
+        batch: int = 1,
     ) -> None:
         self.inputs = InputMasks(model, inputs or {})
         self.blocks = find_blocks(model)
         self.rules, self.predictors, self.oracle, self.observe = rules, predictors, oracle, observe
+        self.batch = batch
         self.cuts = cuts or [0.0] * len(self.blocks)
         self.norms = [block.down_norms() for block in self.blocks]
         self.counts = Counts.zeros(len(self.blocks))
@@ -106,10 +114,15 @@ class SparseMasks:
 
     def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
         def count(args: tuple[Tensor, ...], gate: Tensor) -> Tensor:
-            self.counts.selected[layer] += (gate != 0).sum().item()
+            self._count(layer, gate != 0, self.counts.selected, self.counts.selected_rows)
             return gate
 
         return count
+
+    def _count(self, layer: int, mask: Tensor, neurons: Tensor, rows: Tensor) -> None:
+        found = mask.sum().item()
+        neurons[layer] += found
+        rows[layer] += mask.any(0).sum().item() if self.batch > 1 else found
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
         norm = self.norms[layer] if expert is None else self.norms[layer][expert]
@@ -126,9 +139,10 @@ class SparseMasks:
         if self.oracle:
             keep = largest(contribution, keep.sum(-1))
         counts = self.counts
-        counts.selected[layer] += selected.sum().item()
-        counts.kept[layer] += keep.sum().item()
+        self._count(layer, selected, counts.selected, counts.selected_rows)
+        self._count(layer, keep, counts.kept, counts.kept_rows)
         counts.tokens[layer] += a[..., 0].numel()
+        counts.steps[layer] += a[..., 0].numel() / self.batch
         counts.mass_kept[layer] += (contribution * keep).sum(dtype=torch.float64).item()
         counts.mass_rule[layer] += (contribution * rule).sum(dtype=torch.float64).item()
         counts.ruled[layer] += rule.sum().item()
@@ -162,5 +176,11 @@ class SparseMasks:
         return rows
 
     def neurons_off(self) -> float:
+        return 1 - self._share(self.counts.kept)
+
+    def share_selected(self) -> float:
+        return self._share(self.counts.selected)
+
+    def _share(self, neurons: Tensor) -> float:
         places = sum(t * block.neurons for t, block in zip(self.counts.tokens.tolist(), self.blocks, strict=True))
-        return 1 - self.counts.kept.sum().item() / places
+        return float(neurons.sum().item() / places)

@@ -1,10 +1,12 @@
 """Perplexity over documents, with whatever masks are on the model."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moyu_train.data import Documents
 from moyu_train.models.blocks import device_of
@@ -25,19 +27,40 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Any, documents: Documents, window: int, what: str, limit: int | None = None) -> Scores:
+def score(model: Any, documents: Documents, window: int, what: str, limit: int | None = None, batch: int = 1) -> Scores:
     """Score all tokens of the documents (or about `limit`) in windows of `window` with stride `window`.
 
     The first token of each window has no prediction and is not scored.
+
+    batch: windows that the model sees at once, see `side_by_side`.
     """
     documents = documents.first(limit)
     nll, tokens = [0.0] * len(documents.tokens), [0] * len(documents.tokens)
-    for document, ids in track(documents.windows(window), what):
-        ids = ids[None].to(device_of(model))
+    for group in track(side_by_side(documents.windows(window), batch), what):
+        ids = torch.stack([piece for _, piece in group]).to(device_of(model))
         logits = model(input_ids=ids, use_cache=False).logits
-        nll[document] += token_loss(logits, ids, Weights(kl=0.0, lm=1.0))[0].item()
-        tokens[document] += ids.shape[1] - 1
+        for row, (document, piece) in enumerate(group):
+            one = slice(row, row + 1)
+            nll[document] += token_loss(logits[one], ids[one], Weights(kl=0.0, lm=1.0))[0].item()
+            tokens[document] += len(piece) - 1
     return Scores(nll, tokens)
+
+
+def side_by_side(windows: list[tuple[int, Tensor]], batch: int) -> list[list[tuple[int, Tensor]]]:
+    """Windows in groups of `batch`, those of a group as far as possible of other documents and of one length.
+
+    Longer ones are cut to the shortest of their group; what does not fill a group is left out.
+    """
+    if batch == 1:
+        return [[window] for window in windows]
+    order: list[tuple[int, int, int, Tensor]] = []
+    seen = Counter[int]()
+    for document, piece in windows:
+        order.append((-len(piece), seen[document], document, piece))
+        seen[document] += 1
+    order.sort(key=lambda entry: entry[:3])
+    groups = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+    return [[(document, piece[: -group[-1][0]]) for *_, document, piece in group] for group in groups]
 
 
 def ratio_interval(a: Scores, b: Scores, samples: int = 2000, seed: int = 0) -> tuple[float, float]:

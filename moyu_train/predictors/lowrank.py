@@ -25,14 +25,15 @@ class LowRank(Sums):
         rank: int = Field(128, ge=1)
         ridge: float = Field(0.1, gt=0, description="relative to the mean square of x")
 
-    def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:
+    def __init__(self, options: Options, block: FFNBlock, device: torch.device, targets: int | None = None) -> None:
+        """targets: how many scores are predicted, default one a neuron."""
         self.options = options
-        hidden, neurons = block.hidden, block.neurons
+        hidden, targets = block.hidden, targets or block.neurons
         self.sums = {
             "xx": torch.zeros(hidden, hidden, device=device),
-            "xy": torch.zeros(hidden, neurons, device=device),
+            "xy": torch.zeros(hidden, targets, device=device),
             "x": torch.zeros(hidden, device=device),
-            "y": torch.zeros(neurons, device=device),
+            "y": torch.zeros(targets, device=device),
             "n": torch.zeros((), device=device),
         }
 
@@ -60,13 +61,20 @@ class LowRank(Sums):
 
         `score = s2 * (w2 @ (s1 * (w1 @ x))) + bias` predicts `sqrt(contribution)` in units of its mean over the layer.
         """
+        mean_x, mean_y, cov, cross = self.moments()
+        return stored(*reduced_rank(cov, cross, self.options.rank), mean_x, mean_y)
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """fp64 means of x `[D]` and of the target `[F]`, covariances of x with itself (with ridge) and the target.
+
+        The target is in units of its mean over the layer.
+        """
         sums = {name: value.double().cpu() for name, value in self.sums.items()}
         mean_x, mean_y = sums["x"] / sums["n"], sums["y"] / sums["n"]
         cov = sums["xx"] / sums["n"] - torch.outer(mean_x, mean_x)
         cross = (sums["xy"] / sums["n"] - torch.outer(mean_x, mean_y)) / mean_y.mean()
         cov.diagonal().add_(self.options.ridge * cov.diagonal().mean())
-        w1, w2 = reduced_rank(cov, cross, self.options.rank)
-        return stored(w1, w2, mean_x, mean_y / mean_y.mean())
+        return mean_x, mean_y / mean_y.mean(), cov, cross
 
 
 def reduced_rank(cov: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -79,8 +87,14 @@ def reduced_rank(cov: Tensor, cross: Tensor, rank: int) -> tuple[Tensor, Tensor]
     whitened = torch.linalg.solve_triangular(root, cross, upper=False)  # [D, F]
     directions = torch.linalg.eigh(whitened @ whitened.T).eigenvectors[:, -rank:]  # [D, R]
     w1 = torch.linalg.solve_triangular(root.T, directions, upper=True).T
-    w2 = whitened.T @ directions
-    # int8 has one scale a row: what the columns of w2 differ by is moved into the rows of w1, whose scales take it
+    return balanced(w1, whitened.T @ directions)
+
+
+def balanced(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of `[R, D]` and `[F, R]`, the columns of w2 with a largest value of 1.
+
+    int8 has one scale a row: what the columns of w2 differ by is moved into the rows of w1, whose scales take it.
+    """
     size = w2.abs().amax(0).clamp_min(1e-12)
     return w1 * size[:, None], w2 / size
 

@@ -19,7 +19,7 @@ from moyu_train.predictors.lowrank import quantise_rows
 from moyu_train.predictors.sums import Sums
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
-PARAMETERS = ("w1", "b1", "w2", "b2")
+PARAMETERS, BIASES = ("w1", "b1", "w2", "b2"), ("b1", "b2")
 UNIT = 4.0  # logits in a unit of scores, so that they lie where calibration looks for cuts
 
 
@@ -37,6 +37,7 @@ class MLP(Sums):
         negative_weight: float | None = Field(
             None, gt=0, description="of neurons that are not kept; default the share kept + 0.005; 1: plain loss"
         )
+        biases: bool = Field(True, description="false: the two matrices alone, as PowerInfer takes them")
         focal: float = Field(0.0, ge=0, description="exponent of the focal loss; 0: none")
 
     def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:
@@ -66,7 +67,8 @@ class MLP(Sums):
         x = x.float()
         if not self.sums["size"]:  # the first window sets the unit of x, and how often each neuron is kept
             self.sums["size"] += self._mean(x.square().mean()).sqrt().clamp_min(1e-30)
-            self.sums["b2"] += torch.logit(self._mean(kept.float().mean(0)), eps=0.01)
+            if self.options.biases:
+                self.sums["b2"] += torch.logit(self._mean(kept.float().mean(0)), eps=0.01)
         for part, target in zip(x.split(self.options.batch), kept.split(self.options.batch), strict=True):
             self._step(part / self.sums["size"], target.float())
 
@@ -92,6 +94,8 @@ class MLP(Sums):
         first, second = (1 - beta ** self.sums["steps"].item() for beta in BETAS)
         with torch.no_grad():
             for name, gradient in zip(PARAMETERS, gradients, strict=True):
+                if name in BIASES and not self.options.biases:
+                    continue
                 gradient = self._mean(gradient)
                 mean, square = self.sums[f"{name}.mean"], self.sums[f"{name}.square"]
                 mean.lerp_(gradient, 1 - BETAS[0])

@@ -1,5 +1,9 @@
 """What predictors fitted in closed form share: sums over tokens, which a fit saves, resumes and adds over processes."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +16,15 @@ class Sums:
     in_step: whether all processes have to observe as many windows, since each step of theirs is a common one.
     """
 
+    name: str
     form: str
     in_step = False
     sums: dict[str, Tensor]
+
+    @classmethod
+    def files(cls, options: Any) -> list[Path]:
+        """Files that a predictor is made of, beside the text."""
+        return []
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint of a fit keeps."""
@@ -23,6 +33,10 @@ class Sums:
     def load(self, state: dict[str, Tensor]) -> None:
         for name, value in state.items():
             self.sums[name].copy_(value)
+
+    @staticmethod
+    def together(predictors: Sequence[Any]) -> None:
+        """Once, before `solve`, with the predictors of all layers: what they have in common."""
 
     def gather(self) -> None:
         """Once, after the last window, where there are several processes: what all of them observed."""

@@ -15,13 +15,13 @@ from moyu_train.analysis.plots import axes_of
 from moyu_train.analysis.subject import Subject
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.compare import Judge, find_cuts
-from moyu_train.models.blocks import find_blocks
+from moyu_train.evaluation.compare import Judge, even_cuts
 from moyu_train.pipeline import Run, run_up_to
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.reproduce.base import Outcome, Reproduction
+from moyu_train.training.cuts import find_cuts
 from moyu_train.training.fit import PredictorTrainer
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -50,8 +50,9 @@ class History(Reproduction):
             windows = text.packed(recipe.fit.window, recipe.seed)
             trainer = PredictorTrainer(model, sparsifier, cls, options, folder)
             fitted: Any = trainer.fit(windows, recipe.fit.save_every)
-            cuts = find_cuts(model, sparsifier.rules, [fitted], run.validation.first(recipe.calibrate.tokens), {})
-            levels = cuts[0].find(find_blocks(model), fitted, recipe.compare.bytes_skipped[0], item)
+            validation = run.validation.first(recipe.calibrate.tokens)
+            (cuts,), _ = find_cuts(model, sparsifier.rules, [fitted], validation, {})
+            levels = even_cuts(cuts, judge.blocks, fitted, recipe.compare.bytes_skipped[0], item)
             row, point, _ = judge.point(fitted, levels, cls.form, f"{len(text.tokens)} documents")
             settings = recipe.analyze.model_copy(update={"measures": ("history",), "tokens": tokens})
             hau = measure(Subject("dense", model), text, settings)["history"]["hau"]

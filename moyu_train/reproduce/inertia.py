@@ -14,6 +14,7 @@ from moyu_train.analysis.plots import axes_of
 from moyu_train.recipe import Recipe
 from moyu_train.reproduce.arms import CONTROL, Arm, Paired, measure_all, run_arms
 from moyu_train.reproduce.base import Outcome, Reproduction, span
+from moyu_train.settings import GOALS
 
 BASE = "no penalty"
 AIM = 0.15  # share of the excess that a penalty has to take away
@@ -30,7 +31,8 @@ PREDICTED = "predicted masks"
 def arms_of(recipe: Recipe) -> list[Arm]:
     """No penalty, each penalty, and training under the masks of the predictor that all are judged with."""
     predictor, bytes_skipped = recipe.compare.predictors[0], recipe.compare.bytes_skipped[0]
-    calibrate = recipe.calibrate.model_copy(update={"bytes_skipped": bytes_skipped})
+    goal = {**dict.fromkeys(GOALS), "bytes_skipped": bytes_skipped}
+    calibrate = recipe.calibrate.model_copy(update=goal)
     in_loop = {"predictor": predictor.model_dump(mode="json"), "calibrate": calibrate.model_dump(mode="json")}
     return [
         Arm(BASE, {"penalty": None}),

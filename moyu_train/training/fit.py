@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from moyu_kernels.rules import Rule
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,13 +21,13 @@ class PredictorTrainer:
 
     Args:
         model: its weights are only read.
-        sparsifier: the rule; its statistic's scales weight the activations.
+        rules: one a layer.
         cls, options: the predictor family from the registry.
         folder: sums are saved there, so that an interrupted fit goes on to the same numbers.
     """
 
-    def __init__(self, model: Any, sparsifier: Any, cls: type, options: Any, folder: Path) -> None:
-        self.model, self.sparsifier, self.folder = model, sparsifier, folder
+    def __init__(self, model: Any, rules: list[Rule], cls: type, options: Any, folder: Path) -> None:
+        self.model, self.rules, self.folder = model, rules, folder
         self.blocks = find_blocks(model)
         unsupported = {block.layout for block in self.blocks if block.layout != "gated"}
         if unsupported:
@@ -51,11 +52,11 @@ class PredictorTrainer:
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
             x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
             contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
-            mask: Tensor = self.sparsifier.rules[layer].mask(a, expert)
+            mask: Tensor = self.rules[layer].mask(a, expert)
             self.predictors[layer].observe(x, contribution, (mask & (a != 0)).view_as(contribution))
             return mask
 
-        masking = Masking(self.blocks, keep, inputs=True, rules=self.sparsifier.rules)
+        masking = Masking(self.blocks, keep, inputs=True, rules=self.rules)
         with masking:
             for index in track(range(start, len(windows)), "fit predictors"):
                 ids = windows[index][None].to(device_of(self.model))
@@ -65,6 +66,7 @@ class PredictorTrainer:
         if process.num_processes > 1:
             for predictor in self.predictors:
                 predictor.gather()
+        self.predictors[0].together(self.predictors)
         return [predictor.solve() for predictor in track(self.predictors, "solve predictors")]
 
     def _save(self, path: Path, done: int) -> None:

@@ -7,6 +7,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moyu_train.analysis.plots import calibration
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import load_dense
@@ -31,6 +32,7 @@ from moyu_train.training.rule import calibrate_rule
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
+CALIBRATION = "calibration.png"
 STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -67,7 +69,7 @@ def _fit(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
     thresholds, _ = read(run.stage_folder(source))
     assert recipe.predictor  # the pipeline runs this stage only with one
     cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
-    trainer = PredictorTrainer(model, sparsifier_of(recipe, thresholds), cls, options, folder)
+    trainer = PredictorTrainer(model, sparsifier_of(recipe, thresholds).rules, cls, options, folder)
     windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
     with InputMasks(model, input_rules(run, source)):
         predictors = trainer.fit(windows, recipe.fit.save_every)
@@ -93,19 +95,19 @@ def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
 def _in_loop(run: "Run", folder: Path, source: str, weights: str, model: Any) -> dict[str, Any]:
     """source: the stage that fitted the predictors; weights: the one whose rules go with the model's weights."""
     thresholds, fitted = read(run.stage_folder(source))
-    settings = run.recipe.calibrate
-    itemsize = ITEMSIZE[run.recipe.export.dtype]
     predictors, figures = calibrate_in_loop(
         model,
         sparsifier_of(run.recipe, thresholds).rules,
         fitted,
         run.validation,
-        settings.tokens,
-        settings.bytes_skipped,
-        itemsize,
+        run.recipe.calibrate,
+        ITEMSIZE[run.recipe.export.dtype],
         input_rules(run, weights),
+        folder / "search.jsonl",
     )
     write(folder, thresholds, predictors)
+    if PartialState().is_main_process:
+        calibration(figures).savefig(folder / CALIBRATION, dpi=120)
     return figures
 
 
@@ -125,4 +127,7 @@ def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
 
 def _check_weights(run: "Run", stage: str, model: Any) -> None:
     if ffn_sha256(model) != run.figures(stage)["ffn_sha256"]:
-        raise MoyuError(f"the predictors were fitted for other weights; run `moyu {stage}` again")
+        raise MoyuError(
+            f"the predictors in {str(run.stage_folder(stage))!r} were fitted for other weights; delete that folder and "
+            f"run `moyu {stage}` again"
+        )

@@ -1,0 +1,119 @@
+"""`moyu fit-predictors --from FOLDER`: a sparse checkpoint's predictors again, on the weights that it has now."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from moyu_kernels.loading import MANIFEST, STATE
+from safetensors.torch import load_file, save_file
+
+from moyu_train import data, own_text
+from moyu_train.checkpoints.export import RECORDED, read_inputs, read_rules, write_manifest
+from moyu_train.checkpoints.stage import CHECKPOINT, recorded
+from moyu_train.errors import MoyuError
+from moyu_train.files import write_json
+from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.loading import load_dense, load_tokenizer
+from moyu_train.models.masking import InputMasks
+from moyu_train.models.state import predictors_to_tensors, stored_bytes
+from moyu_train.predictors import PREDICTORS
+from moyu_train.recipe import Recipe, load_recipe
+from moyu_train.registry import resolve
+from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.loop import calibrate_in_loop
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The sparse checkpoint at `folder`, or that of the run there.
+
+    Raises: MoyuError where neither is there.
+    """
+    for path in (folder, folder / "export" / CHECKPOINT):
+        if (path / STATE).is_file() and (path / "config.json").is_file():
+            return path
+    raise MoyuError(
+        f"{str(folder)!r} is neither a sparse checkpoint (it has no {STATE}) nor a run with one in "
+        f"export/{CHECKPOINT}; give the folder that `moyu export` wrote"
+    )
+
+
+def recipe_of(folder: Path, overrides: list[str]) -> Recipe:
+    """The settings that a checkpoint records of its predictors, with overrides; all others at their defaults.
+
+    Raises: MoyuError where it has no predictors, or does not say how they were fitted and `predictor` is not given.
+    """
+    config = _config(folder)
+    predictor = config["moyu"]["predictor"]
+    if predictor is None:
+        raise MoyuError(f"{str(folder)!r} has no predictors to fit again; its rule's exact mask is what decodes")
+    settings = predictor.get(RECORDED)
+    if settings is None and not any(word.startswith("--predictor") for word in overrides):
+        raise MoyuError(
+            f"{str(folder)!r} was written by an older moyu, which does not record how predictors are fitted; it says "
+            f"that their family is stored as {predictor['family']!r}: name it with its options, as in "
+            "--predictor '{name: lowbit, bits: 2}'"
+        )
+    dtype = {"export": {"dtype": config.get("dtype", "float32")}}
+    return load_recipe(str(folder), overrides, (settings or {}) | dtype)
+
+
+def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Fit the predictors of a sparse checkpoint on its present weights, calibrate them, and write them into it.
+
+    The rule stays as it is. Sums of an interrupted fit are kept beside the folder, under the hash of the weights.
+
+    Raises: MoyuError where the goal of the calibration is out of reach; the checkpoint is then as it was.
+    """
+    if PartialState().num_processes > 1:
+        raise MoyuError("fit-predictors --from runs in one process; start it without a launcher")
+    if recipe.predictor is None:
+        raise MoyuError("predictor: null leaves nothing to fit; leave --predictor away, or name a family")
+    cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
+    if own_text.SELF in recipe.data.sources:
+        raise MoyuError("data.train 'self' needs the dense model, which a sparse checkpoint does not hold; give a text")
+    tokenizer = load_tokenizer(folder)
+    train, validation = data.training_text(recipe.data, tokenizer, recipe.fit.window, recipe.data.sources)
+    dtype = getattr(torch, recipe.export.dtype)
+    model = load_dense(folder, dtype)
+    digest = ffn_sha256(model)
+    model.float()
+    rules, inputs = read_rules(folder), read_inputs(folder)
+    key = [digest, train.digest(), recipe.digest("predictor", "fit", "calibrate", "seed"), recipe.export.dtype]
+    work = folder.with_name(f"{folder.name}.refit") / hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
+    work.mkdir(parents=True, exist_ok=True)
+    windows = train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    trainer = PredictorTrainer(model, rules, cls, options, work)
+    with InputMasks(model, inputs):
+        fitted = trainer.fit(windows, recipe.fit.save_every)
+    settings = recipe.calibrate
+    predictors, figures = calibrate_in_loop(
+        model, rules, fitted, validation, settings, dtype.itemsize, inputs, work / "search.jsonl"
+    )
+    tensors = {name: t for name, t in load_file(folder / STATE).items() if ".predictor." not in name}
+    config = _config(folder)
+    config["architectures"] = [f"Moyu{name}" for name in config["moyu"]["architectures"]]
+    config["moyu"]["predictor"] = {"family": cls.form, "ffn_sha256": digest, **recorded(recipe, figures)}
+    (folder / MANIFEST).unlink(missing_ok=True)  # until it is whole again, it is no checkpoint
+    save_file(tensors | predictors_to_tensors(predictors), folder / STATE)
+    write_json(folder / "config.json", config)
+    write_manifest(folder, digest)
+    shutil.rmtree(work.parent)
+    return {
+        "checkpoint": str(folder),
+        "family": cls.name,
+        "predictor_bytes": sum(map(stored_bytes, predictors)),
+        "ffn_sha256": digest,
+        "tokens": windows.numel(),
+        **figures,
+    }
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "moyu" not in config:
+        raise MoyuError(f"{str(folder / 'config.json')!r} has no block 'moyu' any more; export the checkpoint again")
+    return config
