@@ -366,9 +366,11 @@ def test_a_shared_trunk_is_one_matrix_and_alone_it_is_lowrank(tmp_path: Path) ->
     g = torch.Generator().manual_seed(0)
     block = FFNBlock("", torch.nn.Identity(), "gated", "gate", "up", "down", hidden=16, neurons=24)
     x = torch.randn(3000, 16, generator=g) @ torch.randn(16, 16, generator=g)
-    directions = torch.randn(16, 3, generator=g)  # what both layers' neurons depend on
+    directions = torch.randn(16, 3, generator=g)  # the layers' neurons depend on two of them each
     layers = [Shared(Shared.Options(rank=3, ridge=1e-6), block, CPU) for _ in range(2)]
-    roots = [(9 + 0.1 * x @ directions @ torch.randn(3, 24, generator=g)).clamp_min(0) for _ in layers]
+    roots = [
+        (9 + 0.1 * x @ directions[:, own : own + 2] @ torch.randn(2, 24, generator=g)).clamp_min(0) for own in (0, 1)
+    ]
     for layer, root in zip(layers, roots, strict=True):
         layer.observe(x, root.square())
     alone = LowRank(layers[0].options, block, CPU)
