@@ -48,7 +48,7 @@ class History(Reproduction):
             folder = run.folder / f"history-{len(text.tokens)}"
             folder.mkdir(exist_ok=True)
             windows = text.packed(recipe.fit.window, recipe.seed)
-            trainer = PredictorTrainer(model, sparsifier, cls, options, folder)
+            trainer = PredictorTrainer(model, sparsifier.rules, cls, options, folder)
             fitted: Any = trainer.fit(windows, recipe.fit.save_every)
             validation = run.validation.first(recipe.calibrate.tokens)
             (cuts,), _ = find_cuts(model, sparsifier.rules, [fitted], validation, {})
