@@ -6,7 +6,7 @@ from pathlib import Path
 import moyu_kernels
 import pytest
 import torch
-from moyu_kernels.loading import CheckpointError
+from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model, tokenizer

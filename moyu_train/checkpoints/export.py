@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.loading import FORMAT_VERSION, MANIFEST, STATE
+from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,12 +34,14 @@ def export(
     family: str | None,
     selected: float | None = None,
     inputs: dict[str, Rule] | None = None,
+    weights: str = "stored",
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
 
     name: of the sparsifier; rules: one a block, alike but for their thresholds;
     selected: share of the neurons that the predictors selected on the calibration text, for the density guard;
-    inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds.
+    inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds;
+    weights: of the FFN as they decode, "stored" or "int8", to which loading rounds what is stored.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
     """
@@ -54,7 +56,8 @@ def export(
     config = model.config
     base, field, stock = base_activation(config), activation_field(config), [type(model).__name__]
     clear_marker(config)
-    known = None if inputs else rules[0].stock_activation  # then stock code computes this very function, and may
+    # Where stock code computes this very function, it may.
+    known = None if inputs or weights == "int8" else rules[0].stock_activation
     digest = ffn_sha256(model)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -75,6 +78,7 @@ def export(
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
+            "weights": weights,
             "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, "selected": selected} if predictors else None,
         }
@@ -101,6 +105,13 @@ def read_inputs(folder: Path) -> dict[str, Rule]:
     inputs = config["moyu"].get("inputs") or {"paths": []}
     tensors = load_file(folder / STATE)
     return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in enumerate(inputs["paths"])}
+
+
+def read_weights(folder: Path) -> str:
+    """How a sparse checkpoint decodes its FFN weights: "stored" or "int8"."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights: str = config["moyu"].get("weights", "stored")
+    return weights
 
 
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:

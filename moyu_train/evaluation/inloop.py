@@ -15,7 +15,7 @@ from moyu_kernels.seam import Seam
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
-from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, scale_bytes
 from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.models.state import stored_bytes
 
@@ -54,18 +54,18 @@ def bytes_skipped(
     """Share of the FFN weight bytes that a batch-1 decode step does not read (DESIGN: the headline number).
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
-    ones, all of the predictor, all thresholds.
+    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales.
     """
     read = dense = 0.0
     for layer, block in enumerate(blocks):
         row = row_bytes(block, itemsize)
-        tokens = counts.tokens[layer].item()
         tokens, selected = counts.tokens[layer].item(), counts.selected[layer].item()
         gated = block.layout != "plain"
         gates = (selected if predictors else tokens * block.neurons) if gated else 0
         read += row * (gates + selected + counts.kept[layer].item()) / tokens
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
-        dense += (3 if gated else 2) * block.neurons * block.hidden * itemsize
+        read += scale_bytes(block, itemsize)
+        dense += ffn_bytes(block, itemsize)
     return 1 - read / dense
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels import SparseGatedFFN, density_drift, from_pretrained
-from moyu_kernels.loading import CheckpointError
+from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
 from predictors import FAMILIES

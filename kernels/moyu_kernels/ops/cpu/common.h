@@ -149,6 +149,19 @@ void widen_input(const Tensor& x, float* out, int64_t stride) {
     for (int64_t i = 0; i < d; ++i) out[n * stride + place<As>(i)] = static_cast<float>(p[n * sn + i * sd]);
 }
 
+// A matrix whose rows may be int8 codes: what they stand for is the codes times the row's scale.
+template <class W>
+struct Matrix {
+  const W* rows;
+  const float* scale;  // [rows] for int8, else not used
+
+  // What stands for `value`, which is linear in the stored row.
+  float scaled(float value, int64_t row) const {
+    if constexpr (std::is_same_v<W, int8_t>) return value * scale[row];
+    return value;
+  }
+};
+
 // LOOKAHEAD in rows of d elements.
 template <class W>
 int64_t lookahead_rows(int64_t d) {
