@@ -104,7 +104,7 @@ def test_rows_that_are_not_needed_are_not_read() -> None:
     """Other codes there, which would be another result, and other counts in gate and up."""
     for kind in KINDS:
         arguments = in_int8(ffn_arguments(3, torch.bfloat16, family=kind))
-        x, gate, up, down, threshold, act, predictor, *_, scales = arguments
+        x, gate, up, down, _, act, predictor, *_, scales = arguments
         expected = cpu.gated_ffn(*arguments)
         selected = (naive.predictor_scores(x, predictor, naive.ACTIVATIONS[act]) > 0).any(0)
         assert (~selected).sum() > 0
