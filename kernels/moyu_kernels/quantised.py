@@ -1,5 +1,6 @@
 """The sparse FFN block on int8 weights: each row that is read has half the bytes of bf16."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ class Int8GatedFFN(SparseGatedFFN):
     """
 
     scales: Tensor
+    gate_codes: Tensor
+    up_codes: Tensor
+    down_codes: Tensor
 
     def _store(self, projections: dict[str, nn.Linear]) -> None:
         gate, up, down = (projection.weight.detach() for projection in projections.values())
@@ -46,7 +50,7 @@ class Int8GatedFFN(SparseGatedFFN):
 
     def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = (
-            torch.cat([functional.linear(x, dequantise_rows(*part, x.dtype)) for part in parts], dim=-1)
+            torch.cat([functional.linear(x, dequantise_rows(codes, scale, x.dtype)) for codes, scale in parts], dim=-1)
             for parts in (self._parts(self.gate_codes, 0), self._parts(self.up_codes, 1))
         )
         return gate, up
@@ -56,7 +60,7 @@ class Int8GatedFFN(SparseGatedFFN):
         widened = (dequantise_rows(codes, self.scales[2], a.dtype) for codes in columns)
         return torch.cat([functional.linear(a, rows.t()) for rows in widened], dim=-1)
 
-    def _parts(self, codes: Tensor, which: int) -> Any:
+    def _parts(self, codes: Tensor, which: int) -> Iterator[tuple[Tensor, Tensor]]:
         count = max(PART // self.hidden, 1)
         return zip(codes.split(count), self.scales[which].split(count), strict=True)
 

@@ -64,8 +64,8 @@ def collect(run: "Run") -> dict[str, Any]:
 
 def _timings(timed: dict[str, Any], rounds: int) -> dict[str, Any]:
     names = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_best_transformers")
-    names += tuple(name for name in ("over_dense_runner", "over_dense_int8") if name in timed)
-    return {name: timed[name] for name in names} | {"bench": timed["rows"], "rounds": rounds}
+    over = (name for name in ("over_dense_runner", "over_dense_int8") if name in timed)
+    return {name: timed[name] for name in (*names, *over)} | {"bench": timed["rows"], "rounds": rounds}
 
 
 def _lead(result: dict[str, Any]) -> str:
