@@ -157,8 +157,13 @@ struct Matrix {
 
   // What stands for `value`, which is linear in the stored row.
   float scaled(float value, int64_t row) const {
-    if constexpr (std::is_same_v<W, int8_t>) return value * scale[row];
-    return value;
+    if constexpr (std::is_same_v<W, int8_t>) {
+      // Volatile, or compilers fuse it with an addition that follows, and not for every number of rows.
+      volatile float product = value * scale[row];
+      return product;
+    } else {
+      return value;
+    }
   }
 };
 
