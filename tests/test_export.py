@@ -153,7 +153,7 @@ def test_verify_catches_other_weights_than_int8(tmp_path: Path, monkeypatch: pyt
 
 def test_relu_with_int8_weights_is_refused_by_stock_code(tmp_path: Path) -> None:
     """It would load, and compute on the weights as they are stored."""
-    rules = [Rule(torch.zeros(96), gate="relu", keep="nonzero")] * 2
+    rules = [Rule(torch.zeros(96), gate="relu", keep="nonzero") for _ in range(2)]
     for weights, loads in (("stored", True), ("int8", False)):
         folder = tmp_path / weights
         export(tiny_model(), tokenizer(), folder, "relu", rules, None, None, weights=weights)
