@@ -193,7 +193,7 @@ void stream_dots(const W* weight, int64_t count, int64_t left, const float* x, i
                  Out out) {
   const int64_t lead = lookahead_rows<W>(d);
   const auto later = [&](int64_t row) { return weight + std::min(row, left - 1) * d; };
-  if constexpr (std::is_same_v<W, int8_t>) {  // two rows at a time, since the additions of one are slower than its bytes
+  if constexpr (std::is_same_v<W, int8_t>) {  // two rows at a time: the additions of one are slower than its bytes
     for (int64_t row = 0; row < count; row += 2) {
       const int64_t far = row + lead, near = row + lead / 2;
       const Rows<W, 4> ahead{{later(far), later(far + 1), later(near), later(near + 1)}};
