@@ -56,10 +56,23 @@ def check_model(recipe: Recipe, model: Any) -> None:
                 f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
                 f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
             )
+    act = rule.stock_activation or base_activation(model.config)
+    if recipe.export.weights == "int8":
+        _check_int8(rule, act, blocks)
     if recipe.bench or recipe.predictor:
-        _check_kernels(cls.name, rule, rule.stock_activation or base_activation(model.config), blocks)
+        _check_kernels(cls.name, rule, act, blocks)
     if recipe.predictor:
         _check_predictor(recipe, cls.name, rule, blocks)
+
+
+def _check_int8(rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
+    for block in blocks:
+        reason = simulated_because(block.module, block.describe(), act, rule)
+        if reason:
+            raise MoyuError(
+                f"export.weights 'int8': {block.path} cannot have int8 weights, since {reason}; use export.weights: "
+                "stored (--export.weights stored)"
+            )
 
 
 def _check_kernels(sparsifier: str, rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
@@ -93,8 +106,7 @@ def _check_predictor(recipe: Recipe, sparsifier: str, rule: Rule, blocks: list[F
                 "(--bench null), or another predictor, such as 'lowbit'"
             )
         console.print(f"predictor {cls.name!r} is simulated: masks on a dense model, nothing is skipped")
-    itemsize = getattr(torch, recipe.export.dtype).itemsize
-    dense = sum(ffn_bytes(block, itemsize) for block in blocks)
+    dense = sum(ffn_bytes(block, recipe.export.itemsize) for block in blocks)
     share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
     target = recipe.calibrate.bytes_skipped
     if target is not None and share + target >= 1:

@@ -108,7 +108,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("of `bench ops` and `bench model`", "lists are separated by commas")
     group.add_argument("--shape", choices=SHAPES, help="random weights of these sizes; default of `ops`: smollm2-135m")
-    group.add_argument("--dtypes", type=_several(str), help="of bfloat16, float16, float32; default bfloat16")
+    group.add_argument("--dtypes", type=_several(str), help="of bfloat16, float16, float32, int8; default bfloat16")
     group.add_argument("--densities", type=_several(float), help="default 0.05,0.1,0.2,0.5")
     group.add_argument("--batches", type=_several(int), help="default 1,4; `model` decodes one sequence")
     group.add_argument("--threads", type=_several(int), help="of the dense settings, the most for sparse; default 1,2")

@@ -20,7 +20,6 @@ from moyu_train.recipe import CONTROL, Recipe
 from moyu_train.registry import resolve
 from moyu_train.step_cost import Stepper
 from moyu_train.training.memory import FULL, HALF, LAUNCHERS, Sizes, measure_sizes, needs_parent, training_memory
-from moyu_train.training.stages import ITEMSIZE
 
 PROBE_STEPS = 3
 
@@ -114,7 +113,7 @@ def _files(recipe: Recipe, found: Sizes) -> dict[str, int | None]:
     weights = found.trainable if recipe.finetune.lora else found.parameters
     return {
         "delta": HALF * found.trainable + thresholds if recipe.finetune.lora else None,
-        "checkpoint": ITEMSIZE[recipe.export.dtype] * found.parameters + thresholds + predictors,
+        "checkpoint": (FULL if recipe.export.dtype == "float32" else HALF) * found.parameters + thresholds + predictors,
         "training_checkpoint": FULL * weights + 2 * FULL * found.trainable,
     }
 

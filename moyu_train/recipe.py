@@ -17,14 +17,11 @@ from moyu_train.predictors import PREDICTORS
 from moyu_train.settings import (
     Allocation,
     Analyze,
-    Bench,
     Block,
     Calibrate,
     Compare,
     Control,
     Data,
-    Evaluate,
-    Export,
     Fit,
     Inputs,
     Method,
@@ -32,6 +29,7 @@ from moyu_train.settings import (
     Penalty,
     Section,
 )
+from moyu_train.settings_export import Bench, Evaluate, Export
 from moyu_train.sparsifiers import SPARSIFIERS
 
 CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -293,57 +292,3 @@ class Compare(Section):
         min_length=1,
     )
     bytes_skipped: tuple[float, ...] = Field((0.5, 0.6, 0.7), min_length=1, description="operating points")
-
-
-class Export(Section):
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-
-
-class Agreement(Section):
-    """Greedy continuations of questions, compared with the dense parent's (moyu_train/evaluation/agreement.py)."""
-
-    file: str = Field(description="JSON lines, one question a line")
-    field: str = Field("question", description="where the question is")
-    prompts: int = Field(20, ge=1, description="the first so many")
-    new_tokens: int = Field(64, ge=1)
-
-
-class Evaluate(Section):
-    window: int = Field(1024, ge=2)
-    tokens: int | None = Field(None, ge=2, description="score about so many of the test text; default all of it")
-    kernel_tokens: int = Field(1024, ge=0, description="tokens decoded one by one through the kernels for the check")
-    tasks: tuple[str, ...] = Field((), description="lm-eval tasks: its own, local_*, those of task_folder, YAML files")
-    task_folder: str = Field("", description="folder of task YAML files; all of them where `tasks` is empty")
-    task_data: dict[str, str] = Field({}, description="task: local JSON lines file that it reads in place of the hub")
-    task_limit: int | None = Field(None, ge=1, description="the first so many examples of each task; default all")
-    agreement: Agreement | None = None
-
-    @model_validator(mode="after")
-    def _data_of_tasks(self) -> "Evaluate":
-        strangers = set(self.task_data) - set(self.tasks)
-        if strangers and not self.task_folder:
-            raise ValueError(
-                f"task_data names {', '.join(sorted(strangers))}, which evaluate.tasks does not ask for; name the "
-                "same tasks in both"
-            )
-        return self
-
-    @property
-    def files(self) -> list[tuple[str, Path]]:
-        """Files that the figures depend on, each after the setting that names it."""
-        found = [(f"evaluate.task_data.{task}", Path(file)) for task, file in self.task_data.items()]
-        found += [("evaluate.tasks", Path(task)) for task in self.tasks if task.endswith((".yaml", ".yml"))]
-        if self.task_folder:
-            inside = sorted(path for path in Path(self.task_folder).rglob("*") if path.is_file())
-            found += [("evaluate.task_folder", path) for path in inside]
-        if self.agreement:
-            found.append(("evaluate.agreement.file", Path(self.agreement.file)))
-        return found
-
-
-class Bench(Section):
-    contexts: tuple[int, ...] = (128,)
-    new_tokens: int = Field(32, ge=2)
-    rounds: int = Field(5, ge=5, description="interleaved rounds; at least 5")
-    threads: tuple[int, ...] = (1, 2)
-    compiled: bool = Field(True, description="also time dense transformers under torch.compile")

@@ -11,7 +11,7 @@ from moyu_kernels.ops.ffn import naive
 
 from moyu_train.cli import main
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation import bench, bench_cases, bench_ops, shapes
+from moyu_train.evaluation import bench, bench_bytes, bench_cases, bench_ops, shapes
 from moyu_train.evaluation.bench_rows import check_shares, make_row, plot, tables
 from moyu_train.evaluation.shapes import Shape
 
@@ -100,7 +100,7 @@ def test_the_timed_calls_skip_what_the_rows_say() -> None:
         assert (counts[:, 1] / 192).mean() == pytest.approx(setting.density, abs=2e-3)
         assert setting.density == pytest.approx(0.2, abs=5e-3)
         assert setting.union > 0.3
-    _, linear = case.linear()
+    _, (linear,) = case.linear()
     counts = torch.cat([linear.call(0, i)[1] for i in range(bench_cases.INPUTS)])
     assert (counts / 64).mean() == pytest.approx(linear.density, abs=1e-6)
     x = case.calls[0]
@@ -122,7 +122,7 @@ def test_bytes_of_sparse_inputs() -> None:
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     layer(x)
     kept = (x.abs() >= 0.5).sum().item() / 4
-    skipped = bench.inputs_skipped(torch.nn.Sequential(layer, torch.nn.Linear(4, 4)), 2)
+    skipped = bench_bytes.inputs_skipped(torch.nn.Sequential(layer, torch.nn.Linear(4, 4)), 2)
     assert skipped == pytest.approx(192 * 2 * (64 - kept) - 64 * 4)
 
 
@@ -160,7 +160,7 @@ def test_table_and_plot_of_one_row() -> None:
         (["ops", "--densities", "0.5,1.5"], "--densities 1.5 is no share of the neurons from 0.001 to 0.999"),
         (["ops", "--batches", "9"], "--batches 9 is no batch from 1 to 8"),
         (["ops", "--rounds", "3"], "fewer than 5"),
-        (["ops", "--dtypes", "int8"], "--dtypes int8 is unknown; known: bfloat16"),
+        (["ops", "--dtypes", "int4"], "--dtypes int4 is unknown; known: bfloat16"),
         (["ops", "--bench.rounds", "7"], "bench ops takes no '--bench.rounds 7'"),
         (["model"], "either a sparse checkpoint's folder or a --shape"),
         (["model", "folder", "--densities", "0.5"], "are the checkpoint's own"),

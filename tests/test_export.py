@@ -1,12 +1,14 @@
 """find → mask → export → marker → verify for every layout, and what a damaged checkpoint says."""
 
+import functools
 import json
 from pathlib import Path
 
 import moyu_kernels
 import pytest
 import torch
-from moyu_kernels.loading import CheckpointError
+from moyu_kernels.checkpoint import CheckpointError
+from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_rows
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model, tokenizer
@@ -17,6 +19,7 @@ from moyu_train.checkpoints.verify import marker_of, verify
 from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import Counts, bytes_skipped
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.registry import resolve
@@ -29,10 +32,10 @@ DOCUMENTS = Documents([torch.randint(0, 256, (200,), generator=torch.Generator()
 IDS = DOCUMENTS.tokens[0][None, :16]
 
 
-def exported(folder: Path, family: str = "llama", density: float = 0.4) -> Path:
+def exported(folder: Path, family: str = "llama", density: float = 0.4, weights: str = "stored") -> Path:
     model = tiny_model(family)
     rule = calibrate_rule(model, Threshold, Threshold.Options(), density, DOCUMENTS, 200, passes=1)
-    export(model, tokenizer(), folder, "threshold", rule.rules, None, None)
+    export(model, tokenizer(), folder, "threshold", rule.rules, None, None, weights=weights)
     return folder
 
 
@@ -116,6 +119,60 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     rules = [Rule(torch.full((96,), float("nan"))), Rule(torch.ones(96))]
     with pytest.raises(MoyuError, match=r"blocks\.0\.threshold holds values that are not finite"):
         export(tiny_model(), tokenizer(), tmp_path / "sparse", "threshold", rules, None, None)
+
+
+def test_int8_weights_are_what_everything_reads(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "sparse", weights="int8")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["moyu"]["weights"], config["moyu"]["format_version"]) == ("int8", 4)
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    assert torch.equal(stored[name], tiny_model().state_dict()[name]), "what is stored is not rounded"
+    figures = verify(folder)  # the kernels on int8 rows against stock code on what they stand for
+    assert figures["logits_relative_error"] < 1e-5
+    assert figures["stock_refuses"]
+    again = load_dense(folder)
+    assert not torch.equal(again.state_dict()[name], stored[name])
+    torch.testing.assert_close(
+        again.state_dict()[name], stored[name], rtol=0, atol=stored[name].abs().max().item() / 254
+    )
+    down = "model.layers.0.mlp.down_proj.weight"  # a row is a neuron's: scales of the stock matrix's columns
+    codes, scale = quantise_rows(stored[down].T)
+    assert torch.equal(again.state_dict()[down], dequantise_rows(codes, scale, torch.float32).T)
+    again.save_pretrained(tmp_path / "resaved")  # plain weights from now on, not rounded once more
+    assert torch.equal(load_dense(tmp_path / "resaved").state_dict()[down], again.state_dict()[down])
+    int8, plain = (
+        moyu_kernels.from_pretrained(folder, mode="rule", weights=kind)(IDS).logits for kind in (None, "stored")
+    )
+    assert 1e-4 < (int8 - plain).norm() / plain.norm() < 0.1
+
+
+def test_verify_catches_other_weights_than_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(tmp_path / "sparse", weights="int8")
+    stored = functools.partial(moyu_kernels.from_pretrained, weights="stored")
+    monkeypatch.setattr("moyu_kernels.from_pretrained", stored)
+    with pytest.raises(MoyuError, match="logits differ"):
+        verify(folder)
+
+
+def test_relu_with_int8_weights_is_refused_by_stock_code(tmp_path: Path) -> None:
+    """It would load, and compute on the weights as they are stored."""
+    rules = [Rule(torch.zeros(96), gate="relu", keep="nonzero") for _ in range(2)]
+    for weights, loads in (("stored", True), ("int8", False)):
+        folder = tmp_path / weights
+        export(tiny_model(), tokenizer(), folder, "relu", rules, None, None, weights=weights)
+        assert verify(folder)["stock_refuses"] is not loads
+
+
+def test_bytes_skipped_of_int8_are_of_int8() -> None:
+    (block,) = find_blocks(tiny_model())[:1]
+    tokens, selected, kept = 10.0, 480.0, 240.0
+    ones = torch.ones(1, dtype=torch.float64)
+    counts = Counts.zeros(1)
+    counts.selected_rows, counts.kept_rows, counts.steps = selected * ones, kept * ones, tokens * ones
+    row, scales, thresholds = 128, 3 * 4 * 96, 4 * 96  # 32 bytes touch up to two lines
+    read = row * (96 + 48 + 24) + scales + thresholds
+    assert bytes_skipped([block], counts, None, 1) == pytest.approx(1 - read / (3 * 96 * 32 + scales))
 
 
 def test_the_dense_folder_is_stock(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

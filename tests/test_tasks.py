@@ -24,7 +24,7 @@ from moyu_train.evaluation.tasks import Tasks
 from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import Run
 from moyu_train.recipe import Recipe, RecipeError, load_recipe
-from moyu_train.settings import Agreement, Evaluate
+from moyu_train.settings_export import Agreement, Evaluate
 
 ROOT = Path(__file__).parent.parent
 LAST_WORDS = ["the cat sat on the mat", "a dog ran to it", "birds fly up", "no one is here now", "it rains a lot"]

@@ -1,7 +1,5 @@
 """Loads a sparse checkpoint (docs/checkpoint-format.md) into its stock transformers model."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,18 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .checkpoint import STATE, CheckpointError, predictor_names, read_config, read_manifest, tensor_of
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
-from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .prompt import PromptState, watch_sequences
+from .quantised import Int8GatedFFN
 from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 3
-READS = (1, 2, 3)  # 1 has no formula: its rule is always a threshold on the activation; 1 and 2 have no inputs
-MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
-LAYOUTS = ("gated", "fused", "plain", "experts")
 # transformers' names of the activations that have an op; other ones run under a mask on the dense module.
 ACTIVATIONS = {
     "silu": "silu",
@@ -32,15 +27,16 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+FFNS = {"stored": SparseGatedFFN, "int8": Int8GatedFFN}  # by `weights`
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class CheckpointError(ValueError):
-    """The folder is not a sparse checkpoint that this version can load; the message says what to do."""
-
-
 def from_pretrained(
-    folder: str | Path, dtype: torch.dtype | None = None, backend: str = "auto", mode: str = "predicted"
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    mode: str = "predicted",
+    weights: str | None = None,
 ) -> Any:
     """Load a sparse checkpoint for inference.
 
@@ -50,18 +46,24 @@ def from_pretrained(
         backend: "auto", "cpu", "triton" or "reference".
         mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint, or with one that no op computes,
             "predicted" becomes "rule", with a warning.
+        weights: of the FFN blocks: "stored" decodes them in `dtype`, "int8" rounds them here, after `dtype`, to int8
+            with a scale a row (`Int8GatedFFN`); default what the checkpoint was calibrated for.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
         `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
         marker, so that stock transformers refuses what `save_pretrained` writes.
 
-    Raises: CheckpointError where a file is missing, changed, stale or of another format version.
+    Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
+        that takes int8 weights.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    raw, block_list, settings = _read_config(folder)
+    raw, block_list, settings = read_config(folder)
+    weights = settings.get("weights", "stored") if weights is None else weights
+    if weights not in FFNS:
+        raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(FFNS)}")
     state = load_file(folder / STATE)
-    names = _predictor_names(folder, settings, manifest)
+    names = predictor_names(folder, settings, manifest)
     if mode == "predicted" and not names:
         found = settings["predictor"]
         what = f"a simulated predictor ({found['family']}, which no op computes)" if found else "no predictor"
@@ -69,101 +71,15 @@ def from_pretrained(
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
     for index, block in enumerate(block_list):
-        threshold = _tensor(folder, state, f"blocks.{index}.threshold")
-        predictor = [_tensor(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
+        threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
+        predictor = [tensor_of(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         rule = Rule(threshold, **settings.get("formula", {}))
-        _install(folder, model, block, settings["activation"], rule, predictor, mode, backend)
+        _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
     if mode != "dense":
         _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete, undamaged checkpoint; every file is hashed.
-
-    Raises: CheckpointError.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST}: it is not a sparse checkpoint, or was not written to its end; export it again"
-        )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    _check_version(path, manifest)
-    for name in ("files", "ffn_sha256"):
-        if name not in manifest:
-            raise CheckpointError(f"{path} lacks {name!r}; export the checkpoint again")
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is in the manifest but missing; copy the whole folder again")
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != expected:
-            raise CheckpointError(
-                f"{file} was changed or damaged after the export (SHA-256 {found[:12]}…, manifest {expected[:12]}…); "
-                "copy it again, or export the changed model again; where you changed weights, fit predictors for "
-                f"them with `moyu fit-predictors --from {folder}`"
-            )
-    return manifest
-
-
-def _check_version(path: Path, data: dict[str, Any]) -> None:
-    version = data.get("format_version")
-    if version not in READS:
-        raise CheckpointError(
-            f"{path} has format version {version!r}, this moyu_kernels reads versions {READS[0]} to {READS[-1]}; "
-            "use the moyu_kernels that matches it, or export the checkpoint again"
-        )
-
-
-def _read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    path = folder / "config.json"
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    settings = raw.get("moyu")
-    if settings is None:
-        raise CheckpointError(f"{path} has no block 'moyu'; export the checkpoint again")
-    _check_version(path, settings)
-    missing = [
-        name
-        for name in ("activation", "activation_field", "architectures", "blocks", "predictor")
-        if name not in settings
-    ]
-    if missing or not settings.get("blocks"):
-        raise CheckpointError(f"{path}: the block 'moyu' lacks {', '.join(missing) or 'blocks'}; export it again")
-    for block in settings["blocks"]:
-        if block["layout"] not in LAYOUTS:
-            raise CheckpointError(
-                f"{path}: layout {block['layout']!r} of {block['path']} is unknown; update moyu_kernels"
-            )
-    return raw, settings["blocks"], settings
-
-
-def _predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the predictor's tensors, none where there is no predictor or no op computes it."""
-    predictor = settings["predictor"]
-    if predictor is None:
-        return ()
-    if predictor["family"] not in PREDICTORS | SIMULATED:
-        raise CheckpointError(
-            f"{folder}: the predictor family {predictor['family']!r} is unknown (known: {', '.join(PREDICTORS)}); "
-            "update moyu_kernels"
-        )
-    if predictor["ffn_sha256"] != manifest["ffn_sha256"]:
-        raise CheckpointError(
-            f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
-            f"folder holds {manifest['ffn_sha256'][:12]}…; fit them on these weights with "
-            f"`moyu fit-predictors --from {folder}`"
-        )
-    return PREDICTORS.get(predictor["family"], ())
-
-
-def _tensor(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:
-    if name not in state:
-        raise CheckpointError(f"{folder / STATE} lacks the tensor {name!r}; export the checkpoint again")
-    return state[name]
 
 
 def _owner(config: Any, field: str) -> Any:
@@ -204,6 +120,7 @@ def _install(
     predictor: list[Tensor],
     mode: str,
     backend: str,
+    weights: str,
 ) -> None:
     path, layout = block["path"], block["layout"]
     try:
@@ -216,10 +133,14 @@ def _install(
         projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
         act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
         keep = rule.count(block["neurons"])
-        ffn = SparseGatedFFN(projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
+        ffn = FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
         return
+    if weights == "int8":
+        raise CheckpointError(
+            f"{folder}: {path} cannot have int8 weights, since {reason}; load it with weights='stored'"
+        )
     names = {"act": block.get("act", ""), "up": block["up"], "down": block["down"]}
     if mode == "dense":
         if rule.substitutes:
@@ -238,7 +159,7 @@ def _install_inputs(
     """Sparse inputs of other linear layers: by the op, else masked before a dense matmul."""
     simulated: dict[str, int] = {}
     for index, path in enumerate(inputs["paths"]):
-        rule = Rule(_tensor(folder, state, f"inputs.{index}.threshold"), **inputs["formula"])
+        rule = Rule(tensor_of(folder, state, f"inputs.{index}.threshold"), **inputs["formula"])
         parent, _, name = path.rpartition(".")
         try:
             owner, layer = model.get_submodule(parent), model.get_submodule(path)

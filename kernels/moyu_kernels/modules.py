@@ -97,6 +97,7 @@ class SparseGatedFFN(SparseModule):
 
     threshold: Tensor
     no_threshold: Tensor
+    scales: Tensor | None
 
     def __init__(
         self,
@@ -110,21 +111,27 @@ class SparseGatedFFN(SparseModule):
         keep: int = 0,
     ) -> None:
         super().__init__()
-        gate, _, down = projections.values()
+        gate = next(iter(projections.values()))
         self.neurons, self.hidden = gate.weight.shape
         self._names, self.act, self.rule, self.keep = tuple(projections), act, rule, keep
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
-        down.weight.data = down.weight.data.t().contiguous().t()
-        for name, projection in projections.items():
-            self.add_module(name, projection)
         device = gate.weight.device
+        self.register_buffer("scales", None, persistent=False)
+        self._store(projections)
         self.register_buffer("threshold", threshold.to(device), persistent=False)
         self.register_buffer("no_threshold", torch.zeros_like(self.threshold), persistent=False)
         for name, tensor in zip(self._predictor, predictor, strict=True):
             self.register_buffer(f"predictor_{name}", tensor.to(device), persistent=False)
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
         self.set_mode(mode, backend)
+
+    def _store(self, projections: dict[str, nn.Linear]) -> None:
+        """Take the weights over."""
+        down = projections[self._names[2]]
+        down.weight.data = down.weight.data.t().contiguous().t()
+        for name, projection in projections.items():
+            self.add_module(name, projection)
 
     def _check(self, projections: list[tuple[str, nn.Linear]], threshold: Tensor, predictor: list[Tensor]) -> None:
         if self.act not in naive.ACTIVATIONS:
@@ -184,18 +191,25 @@ class SparseGatedFFN(SparseModule):
         rule, threshold = self.rule, self.threshold
         if self.mode == "dense" and rule not in naive.SUBSTITUTES:
             rule, threshold = "threshold", self.no_threshold
-        gate, up, down = self.weights
         if rows > MAX_ROWS:
-            g, u = functional.linear(x, gate), functional.linear(x, up)
-            a, _, kept = naive.ruled_activation(g, u, threshold, self.act, rule, self.keep)
+            a, _, kept = naive.ruled_activation(*self._gate_up(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
-            return functional.linear(a, down.t())
+            return self._down(a)
         predictor = self.predictor if self.mode == "predicted" else []
         x_rows = x.reshape(rows, self.hidden)
-        y, counts = self._run(x_rows, gate, up, down, threshold, self.act, predictor, rule, self.keep)
+        y, counts = self._run(x_rows, *self.weights, threshold, self.act, predictor, rule, self.keep, self.scales)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)
+
+    def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense matmuls: g and u `[..., F]` of x `[..., D]`."""
+        gate, up, _ = self.weights
+        return functional.linear(x, gate), functional.linear(x, up)
+
+    def _down(self, a: Tensor) -> Tensor:
+        """Dense matmul: y `[..., D]` of a `[..., F]`."""
+        return functional.linear(a, self.weights[2].t())
 
     def _count(self, rows: int, selected: int | Tensor, kept: Tensor) -> None:
         self.counts[0] += rows

@@ -50,6 +50,8 @@ def collect(run: "Run") -> dict[str, Any]:
         **{name: evaluated[name] for name in ("tasks", "task_neurons_off", "agreement") if name in evaluated},
         **(_timings(figures["bench"], run.recipe.bench.rounds) if run.recipe.bench else {}),
         "dtype": run.recipe.export.dtype,
+        "weights": figures["export"]["weights"],
+        "weights_over_dtype": figures["export"]["weights_over_dtype"],
         "mask_path": "simulated: a mask after a dense matmul" if evaluated["simulated"] else "through moyu_kernels",
         "hashes": {
             "recipe": hashlib.sha256(run.recipe.model_dump_json().encode()).hexdigest(),
@@ -62,7 +64,8 @@ def collect(run: "Run") -> dict[str, Any]:
 
 def _timings(timed: dict[str, Any], rounds: int) -> dict[str, Any]:
     names = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_best_transformers")
-    return {name: timed[name] for name in (*names, "over_dense_runner")} | {"bench": timed["rows"], "rounds": rounds}
+    over = (name for name in ("over_dense_runner", "over_dense_int8") if name in timed)
+    return {name: timed[name] for name in (*names, *over)} | {"bench": timed["rows"], "rounds": rounds}
 
 
 def _lead(result: dict[str, Any]) -> str:

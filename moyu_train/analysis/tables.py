@@ -23,9 +23,13 @@ def quality_table(result: dict[str, Any]) -> Table:
         ("neurons off", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    int8 = result.get("weights") == "int8"
+    if int8:
+        table.add_column("FFN weights", justify="right")
     skipped, off = result["bytes_skipped"], result["neurons_off"]
     rows: list[tuple[str, str, float | None, float | None]] = [
         ("dense parent", "dense", 0.0, 0.0),
+        ("dense parent, int8 FFN weights", "dense_int8", 0.0, 0.0),
         (f"dense control (learning rate {result.get('control_learning_rate')})", "control", 0.0, 0.0),
         ("sparse, as it decodes", "sparse", skipped, off),
         ("rule mask, exact", "rule", None, result["rule_neurons_off"]),
@@ -37,6 +41,9 @@ def quality_table(result: dict[str, Any]) -> Table:
             continue
         style = "bold" if name == "sparse" else None
         cells = [f"{ppl[name]:.3f}", f"{ppl[name] / best:.3f}", _share(share), _share(neurons)]
+        if int8:
+            plain = name in ("dense", "control")
+            cells.append(result["dtype"] if plain else f"int8, {result['weights_over_dtype']:.2f} of the bytes")
         table.add_row(label, *cells, style=style)
     low, high = result["ratio_interval"]
     table.caption = (
@@ -163,13 +170,18 @@ def speed_table(result: dict[str, Any]) -> Table:
             style="bold" if row["setting"] == "sparse" else None,
         )
     stock, runner = result["over_best_transformers"], result["over_dense_runner"]
+    int8 = f"; over it on int8 weights: {_speedup(result['over_dense_int8'])}" if "over_dense_int8" in result else ""
     table.caption = (
         f"sparse over best dense transformers ({stock['setting'].replace('_', ' ')}, {stock['threads']} threads): "
-        f"{stock['speedup']:.2f}x ({stock['least']:.2f} to {stock['most']:.2f}); over the same runner dense: "
-        f"{runner['speedup']:.2f}x ({runner['least']:.2f} to {runner['most']:.2f}). "
+        f"{_speedup(stock)}; over the same runner dense: "
+        f"{_speedup(runner)}{int8}. "
         f"Bandwidth of this machine in this run: {result['bandwidth_gb_s']:.1f} GB/s."
     )
     return table
+
+
+def _speedup(found: dict[str, float]) -> str:
+    return f"{found['speedup']:.2f}x ({found['least']:.2f} to {found['most']:.2f})"
 
 
 def print_inspection(figures: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.loading import CheckpointError, read_manifest
+from moyu_kernels.checkpoint import CheckpointError, read_manifest
 
 from moyu_train.checkpoints.export import read_state
 from moyu_train.checkpoints.verify import TOLERANCE, stock_gap

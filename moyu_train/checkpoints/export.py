@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.loading import FORMAT_VERSION, MANIFEST, STATE
+from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,13 +36,15 @@ def export(
     family: str | None,
     recorded: dict[str, Any] | None = None,
     inputs: dict[str, Rule] | None = None,
+    weights: str = "stored",
 ) -> None:
     """Write `model` (already in the export's dtype) with its rule and predictors, complete or not at all.
 
     name: of the sparsifier; rules: one a block, alike but for their thresholds;
     recorded: what else the checkpoint tells of its predictors: `selected`, the share of the neurons that they selected
         on the calibration text, for the density guard; the calibration's figures; settings to fit them again;
-    inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds.
+    inputs: rules of the inputs of other linear layers, by path, alike but for their thresholds;
+    weights: of the FFN as they decode, "stored" or "int8", to which loading rounds what is stored.
 
     Raises: MoyuError where the family has no activation field, or values are not finite.
     """
@@ -57,7 +59,8 @@ def export(
     config = model.config
     base, field, stock = base_activation(config), activation_field(config), [type(model).__name__]
     clear_marker(config)
-    known = None if inputs else rules[0].stock_activation  # then stock code computes this very function, and may
+    # Where stock code computes this very function, it may.
+    known = None if inputs or weights == "int8" else rules[0].stock_activation
     digest = ffn_sha256(model)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -78,6 +81,7 @@ def export(
             "activation_field": field,
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
+            "weights": weights,
             "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, **(recorded or {})} if predictors else None,
         }
@@ -116,6 +120,13 @@ def read_rules(folder: Path) -> list[Rule]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     formula = config["moyu"].get("formula", {})
     return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(load_file(folder / STATE))]
+
+
+def read_weights(folder: Path) -> str:
+    """How a sparse checkpoint decodes its FFN weights: "stored" or "int8"."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights: str = config["moyu"].get("weights", "stored")
+    return weights
 
 
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:

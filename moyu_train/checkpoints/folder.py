@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from moyu_kernels.loading import CheckpointError, read_manifest
+from moyu_kernels.checkpoint import CheckpointError, read_manifest
 
 from moyu_train import data
+from moyu_train.checkpoints.export import read_weights
 from moyu_train.checkpoints.verify import verify
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
 from moyu_train.evaluation.extras import extras
 from moyu_train.evaluation.perplexity import score
 from moyu_train.evaluation.stage import evaluate_checkpoint
+from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
 from moyu_train.recipe import Recipe
-from moyu_train.settings import Bench
+from moyu_train.settings_export import Bench
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
@@ -47,6 +49,8 @@ def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
         ppl["dense"] = score(model, documents, settings.window, "evaluate: dense")
         for extra in beside:
             extra.add("dense", model)
+        if read_weights(folder) == "int8":
+            ppl["dense_int8"] = score(round_ffn(model), documents, settings.window, "evaluate: dense, int8 FFN weights")
     return {
         "tokens": documents.total,
         "ppl": {name: scores.perplexity for name, scores in ppl.items()},

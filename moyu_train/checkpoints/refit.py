@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from moyu_kernels.loading import MANIFEST, STATE
+from moyu_kernels.checkpoint import MANIFEST, STATE
 from safetensors.torch import load_file, save_file
 
 from moyu_train import data, own_text
-from moyu_train.checkpoints.export import RECORDED, read_inputs, read_rules, write_manifest
+from moyu_train.checkpoints.export import RECORDED, read_inputs, read_rules, read_weights, write_manifest
 from moyu_train.checkpoints.stage import CHECKPOINT, recorded
 from moyu_train.errors import MoyuError
 from moyu_train.files import write_json
@@ -57,8 +57,8 @@ def recipe_of(folder: Path, overrides: list[str]) -> Recipe:
             f"that their family is stored as {predictor['family']!r}: name it with its options, as in "
             "--predictor '{name: lowbit, bits: 2}'"
         )
-    dtype = {"export": {"dtype": config.get("dtype", "float32")}}
-    return load_recipe(str(folder), overrides, (settings or {}) | dtype)
+    stored = {"export": {"dtype": config.get("dtype", "float32"), "weights": read_weights(folder)}}
+    return load_recipe(str(folder), overrides, (settings or {}) | stored)
 
 
 def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
@@ -77,8 +77,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
         raise MoyuError("data.train 'self' needs the dense model, which a sparse checkpoint does not hold; give a text")
     tokenizer = load_tokenizer(folder)
     train, validation = data.training_text(recipe.data, tokenizer, recipe.fit.window, recipe.data.sources)
-    dtype = getattr(torch, recipe.export.dtype)
-    model = load_dense(folder, dtype)
+    model = load_dense(folder, getattr(torch, recipe.export.dtype))
     digest = ffn_sha256(model)
     model.float()
     rules, inputs = read_rules(folder), read_inputs(folder)
@@ -91,7 +90,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
         fitted = trainer.fit(windows, recipe.fit.save_every)
     settings = recipe.calibrate
     predictors, figures = calibrate_in_loop(
-        model, rules, fitted, validation, settings, dtype.itemsize, inputs, work / "search.jsonl"
+        model, rules, fitted, validation, settings, recipe.export.itemsize, inputs, work / "search.jsonl"
     )
     tensors = {name: t for name, t in load_file(folder / STATE).items() if ".predictor." not in name}
     config = _config(folder)

@@ -7,9 +7,8 @@ import torch
 
 from moyu_train.checkpoints.export import RECORDED, export
 from moyu_train.checkpoints.verify import verify
-from moyu_train.evaluation.inloop import row_bytes
 from moyu_train.files import check_writable
-from moyu_train.models.blocks import find_blocks
+from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors import PREDICTORS
@@ -48,14 +47,18 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     family = resolve("predictor", run.recipe.predictor, PREDICTORS)[0].form if run.recipe.predictor else None
     about = recorded(run.recipe, run.figures("recalibrate")) if family else None
     inputs = input_rules(run, "finetune")
-    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs)
-    blocks = find_blocks(model)
-    itemsize = dtype.itemsize
-    dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)
+    weights = run.recipe.export.weights
+    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs, weights)
+    ffn, in_dtype = (
+        sum(ffn_bytes(block, size) for block in find_blocks(model))
+        for size in (run.recipe.export.itemsize, dtype.itemsize)
+    )
     return {
         "checkpoint": str(folder / CHECKPOINT),
         "dtype": run.recipe.export.dtype,
-        "predictor_bytes_share": sum(map(stored_bytes, predictors)) / dense,
+        "weights": weights,
+        "weights_over_dtype": ffn / in_dtype,
+        "predictor_bytes_share": sum(map(stored_bytes, predictors)) / ffn,
     }
 
 

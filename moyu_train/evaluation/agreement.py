@@ -10,7 +10,7 @@ import torch
 from moyu_train.data import read_texts
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
-from moyu_train.settings import Agreement
+from moyu_train.settings_export import Agreement
 
 if TYPE_CHECKING:
     from moyu_train.evaluation.inloop import SparseMasks

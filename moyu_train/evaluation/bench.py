@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import moyu_kernels
 import torch
-from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import SparseModule
 from moyu_kernels.ops.cpu import read_bandwidth
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 from torch import Tensor
 from transformers import StaticCache
 
-from moyu_train.checkpoints.export import read_state
+from moyu_train.checkpoints.export import read_state, read_weights
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import line_bytes, row_bytes
-from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, inputs_skipped
+from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.int8 import int8_twin
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
-from moyu_train.settings import Bench
+from moyu_train.settings_export import Bench
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
@@ -71,46 +71,6 @@ class StockDecoder:
         return logits
 
 
-def bytes_per_token(model: Any, context: int) -> tuple[int, int]:
-    """(weights, keys and values) that a dense batch-1 step reads; an untied input embedding is not read."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if embedding is not head:
-        weights -= embedding.numel() * embedding.element_size()
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return weights, 2 * config.num_hidden_layers * heads * size * context * model.dtype.itemsize
-
-
-def stored_size(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def ffn_read(model: Any, blocks: list[FFNBlock], itemsize: int) -> tuple[float, float]:
-    """(bytes read, bytes dense) of all FFNs per decoded token, from the counters of the sparse modules."""
-    read = dense = 0.0
-    for block in blocks:
-        module = model.get_submodule(block.path)
-        tokens, selected, kept = module.counts.tolist()
-        gates = selected if module.mode == "predicted" else tokens * module.neurons
-        read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
-        read += stored_size([module.threshold, *module.predictor])
-        dense += 3 * block.neurons * block.hidden * itemsize
-    return read, dense
-
-
-def inputs_skipped(model: Any, itemsize: int) -> float:
-    """Bytes that linear layers with sparse inputs do not read per decoded token, from their counters."""
-    skipped = 0.0
-    for layer in model.modules():
-        if isinstance(layer, SparseLinear):
-            tokens, kept = layer.counts.tolist()
-            skipped += layer.in_features * layer.out_features * itemsize - stored_size([layer.threshold])
-            skipped -= line_bytes(layer.out_features * itemsize) * kept / tokens
-    return skipped
-
-
 def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, Any]:
     """Rows and summary for a sparse checkpoint.
 
@@ -132,13 +92,16 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
         raise MoyuError(f"{str(folder)!r} runs simulated (masked after dense matmuls), so it has no speed to measure")
     load_seconds = time.monotonic() - started
     dense = load_dense(folder, sparse.dtype)
-    dense_runner = load_dense(folder, sparse.dtype)  # the runner swaps linear layers and attention, stock must not
+    # The runner swaps linear layers and attention, stock must not.
+    runners = {"dense_runner": load_dense(folder, sparse.dtype), "sparse": sparse}
+    if read_weights(folder) == "int8":
+        runners["dense_int8"] = int8_twin(dense)
     buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
         for context in settings.contexts:
-            decoders = make_decoders(sparse, dense, dense_runner, context + settings.new_tokens + 1, settings)
+            decoders = make_decoders(dense, runners, context + settings.new_tokens + 1, settings)
             rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
     finally:
         torch.set_num_threads(before)
@@ -148,18 +111,16 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
 
 
-def make_decoders(
-    sparse: Any, dense: Any, dense_runner: Any, length: int, settings: Bench
-) -> dict[tuple[str, int], Decoder]:
-    """Decoders for `length` tokens by (setting, threads); the runners get the most threads."""
+def make_decoders(dense: Any, runners: dict[str, Any], length: int, settings: Bench) -> dict[tuple[str, int], Decoder]:
+    """Decoders for `length` tokens by (setting, threads); those of our runner, by setting, get the most threads."""
     threads = max(settings.threads)
     decoders: dict[tuple[str, int], Decoder] = {}
     for count in settings.threads:
         decoders["dense_eager", count] = StockDecoder(dense, length, compiled=False)
         if settings.compiled:
             decoders["dense_compiled", count] = StockDecoder(dense, length, compiled=True)
-    decoders["dense_runner", threads] = moyu_kernels.Runner(dense_runner, max_length=length)
-    decoders["sparse", threads] = moyu_kernels.Runner(sparse, max_length=length)
+    for name, model in runners.items():
+        decoders[name, threads] = moyu_kernels.Runner(model, max_length=length)
     return decoders
 
 
@@ -202,10 +163,15 @@ def time_decoders(
                 decoder.step(text[None, context + offset : context + offset + 1])
             times[key].append((time.perf_counter() - started) / settings.new_tokens)
     weights, cache = bytes_per_token(dense, context)
-    read, ffn_dense = ffn_read(sparse, blocks, itemsize)
+    read, ffn_stored = ffn_read(sparse, blocks)
+    ffn = sum(ffn_bytes(block, itemsize) for block in blocks)
+    moved_by = dict.fromkeys((name for name, _ in times), float(weights + cache))
+    moved_by["sparse"] += read - ffn - inputs_skipped(sparse, itemsize)
+    if "dense_int8" in moved_by:
+        moved_by["dense_int8"] += ffn_stored - ffn
     rows = []
     for (name, count), seconds in times.items():
-        moved = weights + cache - (ffn_dense - read + inputs_skipped(sparse, itemsize) if name == "sparse" else 0)
+        moved = moved_by[name]
         rate = moved / statistics.median(seconds) / 1e9
         share = rate / statistics.median(bandwidth)
         if share > 1.02:
@@ -227,7 +193,8 @@ def time_decoders(
                 "gb_s": rate,
                 "bandwidth_gb_s": statistics.median(bandwidth),
                 "bandwidth_share": share,
-                "bytes_skipped": 1 - read / ffn_dense if name == "sparse" else 0.0,
+                "bytes_skipped": 1 - read / ffn_stored if name == "sparse" else 0.0,
+                "weights_over_dtype": ffn_stored / ffn if name in ("sparse", "dense_int8") else 1.0,
                 "density": moyu_kernels.density(sparse)[1] if name == "sparse" else 1.0,
             }
         )
@@ -246,7 +213,7 @@ def summary(rows: list[dict[str, Any]], settings: Bench) -> dict[str, Any]:
         (best[name] for name in ("dense_eager", "dense_compiled") if name in best),
         key=lambda row: row["tokens_per_second"],
     )
-    return {
+    found = {
         "decode_tokens_per_second": {name: row["tokens_per_second"] for name, row in best.items()},
         "bandwidth_gb_s": sparse["bandwidth_gb_s"],
         "bandwidth_share": sparse["bandwidth_share"],
@@ -254,6 +221,7 @@ def summary(rows: list[dict[str, Any]], settings: Bench) -> dict[str, Any]:
         "over_best_transformers": {"setting": stock["setting"], "threads": stock["threads"], **paired(sparse, stock)},
         "over_dense_runner": paired(sparse, best["dense_runner"]),
     }
+    return found | ({"over_dense_int8": paired(sparse, best["dense_int8"])} if "dense_int8" in best else {})
 
 
 def paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

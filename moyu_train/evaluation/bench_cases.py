@@ -9,6 +9,7 @@ import psutil
 import torch
 import torch.nn.functional as functional
 from moyu_kernels.ops.ffn import naive
+from moyu_kernels.ops.ffn.int8 import quantise_rows
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
@@ -48,14 +49,14 @@ def cache_bytes() -> int:
 
 
 class Weights:
-    """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`.
+    """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`, in int8 with `scales` `[3, F]`.
 
     Raises: MoyuError where the memory does not hold as many as it takes.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         d, f = shape.hidden, shape.neurons
-        self.bytes = 3 * f * d * dtype.itemsize
+        self.bytes = 3 * f * d * dtype.itemsize + (4 * 3 * f if dtype == torch.int8 else 0)
         count = -(-COLD * cache_bytes() // self.bytes)
         self.count = count + (count % INPUTS == 0)
         need, free = self.count * self.bytes + 2**31, psutil.virtual_memory().available
@@ -65,10 +66,14 @@ class Weights:
                 f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB; close other programs"
             )
         generator = torch.Generator().manual_seed(0)
-        first = (torch.randn(3, f, d, generator=generator) / d**0.5).to(dtype)
+        first, self.scales = torch.randn(3, f, d, generator=generator) / d**0.5, None
+        if dtype == torch.int8:
+            rows = [quantise_rows(matrix) for matrix in first]
+            first, self.scales = torch.stack([codes for codes, _ in rows]), torch.stack([scale for _, scale in rows])
         self.copies = torch.empty(self.count, 3, f, d, dtype=dtype)
-        self.copies[:] = first
-        self.gate, self.up = (first[i].float() for i in range(2))
+        self.copies[:] = first.to(dtype)
+        factors = (1.0, 1.0) if self.scales is None else self.scales[:2, :, None]
+        self.gate, self.up = (self.copies[0, i].float() * factors[i] for i in range(2))
 
     def __getitem__(self, copy: int) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = self.copies[copy]
@@ -86,28 +91,32 @@ class Case:
         self.weights, self.density, self.threads = weights, density, threads
         self.calls = x.view(INPUTS, -1, x.shape[-1]).unbind()
         self.f, self.d = weights.gate.shape
-        self.row = line_bytes(self.d * x.element_size())
+        self.itemsize = weights.copies.element_size()
+        self.row = line_bytes(self.d * self.itemsize)
         self.x, self.g, self.u = x, x.float() @ weights.gate.T, x.float() @ weights.up.T
 
     def dense(self) -> list[Setting]:
         """PyTorch's linear layers, our linear ops and our FFN op that keeps all, at each thread count."""
-        zero = torch.zeros(self.f)
+        zero, scales = torch.zeros(self.f), self.weights.scales
+        # Random weights are as good in any shape: here down is [D, F], as stock models store it.
+        own = None if scales is None else (scales[:2].flatten(), torch.full((self.d,), 0.01))
+        each = [None] * 3 if own is None else [scale.to(self.x.dtype) for scale in (*own[0].chunk(2), own[1])]
 
         def torch_linears(copy: int, i: int) -> Tensor:
             gate, up, down = self.weights[copy]
-            x = self.calls[i]
-            # Random weights are as good in any shape: here down is [D, F], as stock models store it.
-            return functional.linear(
-                functional.silu(functional.linear(x, gate)) * functional.linear(x, up), down.view(self.d, self.f)
-            )
+            g, u = (_torch_linear(self.calls[i], rows, scale) for rows, scale in ((gate, each[0]), (up, each[1])))
+            return _torch_linear(functional.silu(g) * u, down.view(self.d, self.f), each[2])
 
         def our_linears(copy: int, i: int) -> Tensor:
             gate, up, down = self.weights[copy]
-            g, u = torch.ops.moyu.linears.default(self.calls[i], [gate, up], []).chunk(2, dim=1)
-            return torch.ops.moyu.linear.default(functional.silu(g) * u, down.view(self.d, self.f), None)
+            scale, down_scale = own or (None, None)
+            g, u = torch.ops.moyu.linears.default(self.calls[i], [gate, up], [], scale).chunk(2, dim=1)
+            return torch.ops.moyu.linear.default(functional.silu(g) * u, down.view(self.d, self.f), None, down_scale)
 
         def our_ffn(copy: int, i: int) -> Any:
-            return torch.ops.moyu.gated_ffn.default(self.calls[i], *self.weights[copy], zero, "silu", [])
+            return torch.ops.moyu.gated_ffn.default(
+                self.calls[i], *self.weights[copy], zero, "silu", [], "threshold", 0, scales
+            )
 
         moved = [float(self.weights.bytes)] * INPUTS
         kinds = (
@@ -130,24 +139,29 @@ class Case:
                 kept = ranked >= level
             yield self._setting(f"ffn_{rule}", kept, torch.full((self.f,), level), [], rule, keep)
         for family in FAMILIES:
-            predictor = random_predictor(family, self.d, self.f, self.x.element_size())
+            predictor = random_predictor(family, self.d, self.f, self.itemsize)
             scores = naive.predictor_scores(self.x, predictor, silu)
             level = _level(scores, self.density)
             predictor[-1] -= level
             yield self._setting(f"ffn_{family}", scores > level, torch.zeros(self.f), predictor, "threshold")
 
-    def linear(self) -> tuple[list[Setting], Setting]:
-        """A linear layer with sparse inputs beside dense ones; any matrix of a copy serves, as `[F, D]` or `[D, F]`."""
+    def linear(self) -> tuple[list[Setting], list[Setting]]:
+        """Dense linear layers, and beside them one with sparse inputs, but not in int8, which it does not take.
+
+        Any matrix of a copy serves, as `[F, D]` or `[D, F]`.
+        """
         level = _level(self.x.abs().float(), self.density)
         kept = self.x.abs().float() >= level
         union = kept.view(INPUTS, -1, self.d).any(1).sum(-1)
-        row, threshold = line_bytes(self.f * self.x.element_size()), torch.full((self.d,), level)
+        row, threshold = line_bytes(self.f * self.itemsize), torch.full((self.d,), level)
+        scale = None if self.weights.scales is None else self.weights.scales[0]
+        rounded = None if scale is None else scale.to(self.x.dtype)
 
         def torch_linear(copy: int, i: int) -> Tensor:
-            return functional.linear(self.calls[i], self.weights[copy][i % 3])
+            return _torch_linear(self.calls[i], self.weights[copy][i % 3], rounded)
 
         def our_linear(copy: int, i: int) -> Tensor:
-            return torch.ops.moyu.linear.default(self.calls[i], self.weights[copy][i % 3], None)
+            return torch.ops.moyu.linear.default(self.calls[i], self.weights[copy][i % 3], None, scale)
 
         def sparse_linear(copy: int, i: int) -> Any:
             weight = self.weights[copy][i % 3].view(self.d, self.f)
@@ -156,9 +170,11 @@ class Case:
         dense = [float(self.weights.bytes // 3)] * INPUTS
         kinds = (("torch", torch_linear), ("cpu", our_linear))
         settings = [Setting("linear", backend, n, call, dense) for backend, call in kinds for n in self.threads]
+        if scale is not None:
+            return settings, []
         moved = (row * union.double() + 4 * self.d).tolist()
         density, together = kept.float().mean().item(), (union / self.d).mean().item()
-        return settings, Setting("sparse_linear", "cpu", max(self.threads), sparse_linear, moved, density, together)
+        return settings, [Setting("sparse_linear", "cpu", max(self.threads), sparse_linear, moved, density, together)]
 
     def _setting(
         self, op: str, kept: Tensor, threshold: Tensor, predictor: list[Tensor], rule: str, keep: int = 0
@@ -167,17 +183,24 @@ class Case:
         union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
         selected = union if predictor or rule == "gate_threshold" else torch.full_like(union, self.f)
         gates = union if predictor else torch.full_like(union, self.f)
-        constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor))
+        scales = self.weights.scales
+        read_whole = (threshold, *predictor, *(() if scales is None else (scales,)))
+        constant = sum(t.numel() * t.element_size() for t in read_whole)
 
         def call(copy: int, i: int) -> Any:
             return torch.ops.moyu.gated_ffn.default(
-                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep
+                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, scales
             )
 
         moved = (self.row * (gates + selected + union).double() + constant).tolist()
         return Setting(
             op, "cpu", max(self.threads), call, moved, kept.float().mean().item(), (union / self.f).mean().item()
         )
+
+
+def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """PyTorch's own product; with int8 rows, their scale in x's dtype, what torchao's weight-only int8 runs."""
+    return functional.linear(x, weight) if scale is None else torch._weight_int8pack_mm(x, weight, scale)
 
 
 def _level(values: Tensor, density: float) -> float:

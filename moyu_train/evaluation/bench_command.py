@@ -13,9 +13,9 @@ from moyu_train.evaluation.bench_rows import check_shares, console, plot, tables
 from moyu_train.evaluation.shapes import SHAPES
 from moyu_train.files import write_json
 from moyu_train.recipe import load_recipe
-from moyu_train.settings import Bench
+from moyu_train.settings_export import Bench
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int8")}
 FULL: dict[str, Any] = {"densities": [0.05, 0.1, 0.2, 0.5], "batches": [1, 4], "rounds": 7}
 QUICK: dict[str, Any] = {"densities": [0.1], "batches": [1], "rounds": 5}
 

@@ -10,19 +10,28 @@ from typing import Any
 import torch
 from moyu_kernels.modules import SparseGatedFFN
 from moyu_kernels.ops.ffn import naive
+from moyu_kernels.quantised import Int8GatedFFN
 from torch import Tensor, nn
 
+from moyu_train.checkpoints.export import read_weights
 from moyu_train.checkpoints.folder import bench_folder
 from moyu_train.evaluation.bench import make_decoders, time_decoders
 from moyu_train.evaluation.bench_cases import random_predictor
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
 from moyu_train.models.blocks import find_blocks
+from moyu_train.models.int8 import int8_twin
 from moyu_train.recipe import Recipe
-from moyu_train.settings import Bench
+from moyu_train.settings_export import Bench
 
 FAMILY = "lowbit"  # of the predictors of random models
-BACKENDS = {"dense_eager": "torch", "dense_compiled": "torch_compile", "dense_runner": "cpu", "sparse": "cpu"}
+BACKENDS = {
+    "dense_eager": "torch",
+    "dense_compiled": "torch_compile",
+    "dense_runner": "cpu",
+    "dense_int8": "cpu",
+    "sparse": "cpu",
+}
 
 
 def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dict[str, Any]]:
@@ -32,7 +41,7 @@ def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dic
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     blocks = config["moyu"]["blocks"]
     described = {
-        "dtype": config["dtype"],
+        "dtype": "int8" if read_weights(folder) == "int8" else config["dtype"],
         "D": blocks[0]["hidden"],
         "F": blocks[0]["neurons"],
         "layers": len(blocks),
@@ -58,9 +67,9 @@ def bench_shape_rows(
     rows = []
     try:
         for dtype in dtypes:
-            dense, dense_runner, sparse = random_models(shape, dtype)
-            inputs = ffn_inputs(dense, text)
-            decoders = make_decoders(sparse, dense, dense_runner, length, settings)
+            dense, runners = random_models(shape, dtype)
+            inputs, sparse = ffn_inputs(dense, text), runners["sparse"]
+            decoders = make_decoders(dense, runners, length, settings)
             described = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "D": shape.hidden,
@@ -103,6 +112,7 @@ def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, 
                 "threads": row["threads"],
                 "context": row["context"],
                 "bytes_skipped": row["bytes_skipped"],
+                "weights_over_dtype": row["weights_over_dtype"],
                 "first_token_seconds": row["first_token_seconds"],
                 "rounds": settings.rounds,
             }
@@ -110,8 +120,11 @@ def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, 
     return rows
 
 
-def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """One model as dense, dense for a runner and sparse, on the same parameters but for the sparse one's down."""
+def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """One model dense, and for our runner, by setting; on the same parameters but for the sparse one's down.
+
+    dtype: int8 has the FFN of a bfloat16 model in int8 rows, and a dense one of these beside the sparse one.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -120,6 +133,8 @@ def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, Any, Any]:
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }
     config, model = kinds[shape.family]
+    itemsize, kind = dtype.itemsize, Int8GatedFFN if dtype == torch.int8 else SparseGatedFFN
+    dtype = torch.bfloat16 if dtype == torch.int8 else dtype
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -131,12 +146,13 @@ def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     for block in find_blocks(sparse):
         mlp: Any = block.module
         mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.clone(), requires_grad=False)
-        predictor = random_predictor(FAMILY, shape.hidden, shape.neurons, dtype.itemsize)
+        predictor = random_predictor(FAMILY, shape.hidden, shape.neurons, itemsize)
         projections = {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-        ffn = SparseGatedFFN(projections, "silu", torch.zeros(shape.neurons), predictor)
+        ffn = kind(projections, "silu", torch.zeros(shape.neurons), predictor)
         parent, _, name = block.path.rpartition(".")
         setattr(sparse.get_submodule(parent), name, ffn)
-    return dense, dense_runner, sparse
+    runners = {"dense_runner": dense_runner, "sparse": sparse}
+    return dense, runners | ({"dense_int8": int8_twin(dense)} if kind is Int8GatedFFN else {})
 
 
 @torch.no_grad()

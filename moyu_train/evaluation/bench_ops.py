@@ -91,10 +91,10 @@ def bench_ops(
         for batch, masks, density in track(cases, what):
             generator = torch.Generator().manual_seed(batch)
             x = torch.randn(INPUTS, 1 if masks == "identical" else batch, shape.hidden, generator=generator)
-            x = x.expand(INPUTS, batch, shape.hidden).reshape(-1, shape.hidden).to(dtype)
+            x = x.expand(INPUTS, batch, shape.hidden).reshape(-1, shape.hidden)
+            x = x.to(torch.bfloat16 if dtype == torch.int8 else dtype)
             case = Case(weights, x, density, threads)
-            linear, sparse_linear = case.linear()
-            groups = (case.dense(), list(case.sparse())), (linear, [sparse_linear])
+            groups = (case.dense(), list(case.sparse())), case.linear()
             settings = [setting for dense, sparse in groups for setting in dense + sparse]
             rates = time_settings(settings, weights.count, rounds, buffer, counter)
             for rivals, setting in [(dense, setting) for dense, sparse in groups for setting in dense + sparse]:

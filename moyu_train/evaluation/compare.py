@@ -137,7 +137,7 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
     methods = [resolve("compare.predictors", method, PREDICTORS) for method in settings.predictors]
     fitted = _fit(run, model, rules, methods, stage, inputs)
     cuts, _ = find_cuts(model, rules, fitted, run.validation.first(recipe.calibrate.tokens), inputs)
-    judge = Judge(model, rules, inputs, documents, window, getattr(torch, recipe.export.dtype).itemsize)
+    judge = Judge(model, rules, inputs, documents, window, recipe.export.itemsize)
     rows, points = [], []
     for target in settings.bytes_skipped:
         first: list[Counts] = []

@@ -10,7 +10,7 @@ from moyu_kernels.loading import simulated_because
 from moyu_kernels.ops.ffn.naive import ON_GATE, SIMULATED
 from moyu_kernels.rules import Rule
 
-from moyu_train.evaluation.bench import bytes_per_token
+from moyu_train.evaluation.bench_bytes import bytes_per_token
 from moyu_train.evaluation.inloop import row_bytes
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks
 from moyu_train.models.marker import base_activation
@@ -51,13 +51,14 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
         `wished`, its `bytes_skipped` and the `neurons_off` that this takes, null where none will do. The points are
         null where no op computes the rule or predictor (simulated), for `simulated_because`.
     """
-    itemsize = getattr(torch, recipe.export.dtype).itemsize
+    itemsize, dtype = recipe.export.itemsize, getattr(torch, recipe.export.dtype)
     blocks, context = find_blocks(model), recipe.bench.contexts[0] if recipe.bench else 128
-    weights, cache = bytes_per_token(model.to(getattr(torch, recipe.export.dtype)), context)
+    weights, cache = bytes_per_token(model.to(dtype), context)
     routed = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
-    weights -= sum((b.experts - min(routed, b.experts)) * ffn_bytes(b, itemsize) for b in blocks)
+    weights -= sum(b.experts * ffn_bytes(b, dtype.itemsize) for b in blocks)
     ffn = sum(min(routed, b.experts) * ffn_bytes(b, itemsize) for b in blocks)
-    total, share = weights + cache, ffn / (weights + cache)
+    total = weights + ffn + cache
+    share = ffn / total
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
     overhead = sum(4 * b.neurons for b in blocks) / ffn  # thresholds, then predictors

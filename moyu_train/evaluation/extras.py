@@ -7,7 +7,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.agreement import GreedyAgreement
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.tasks import Tasks, find_tasks
-from moyu_train.settings import Evaluate
+from moyu_train.settings_export import Evaluate
 
 
 class Extra(Protocol):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import moyu_kernels
-from moyu_kernels.loading import CheckpointError
+from moyu_kernels.checkpoint import CheckpointError
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.loading import load_tokenizer

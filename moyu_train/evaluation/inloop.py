@@ -15,7 +15,7 @@ from moyu_kernels.seam import Seam
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
-from moyu_train.models.blocks import FFNBlock, find_blocks
+from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, scale_bytes
 from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.models.state import stored_bytes
 
@@ -60,7 +60,7 @@ def bytes_skipped(
     """Share of the FFN weight bytes that a decode step does not read, at the batch that was counted.
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
-    ones, all of the predictor, all thresholds.
+    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales.
     """
     read = dense = 0.0
     for layer, block in enumerate(blocks):
@@ -70,7 +70,8 @@ def bytes_skipped(
         gates = (selected if predictors else steps * block.neurons) if gated else 0
         read += row * (gates + selected + counts.kept_rows[layer].item()) / steps
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
-        dense += (3 if gated else 2) * block.neurons * block.hidden * itemsize
+        read += scale_bytes(block, itemsize)
+        dense += ffn_bytes(block, itemsize)
     return 1 - read / dense
 
 

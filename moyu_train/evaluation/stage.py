@@ -10,13 +10,14 @@ import moyu_kernels
 import torch
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
-from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state
+from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state, read_weights
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.data import Documents, overlap
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.extras import Extra, extras
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
 from moyu_train.training.inputs import input_rules
@@ -39,7 +40,7 @@ def evaluate_checkpoint(
     """
     rules, predictors = read_state(folder)
     inputs = read_inputs(folder)
-    itemsize = model_itemsize(folder)
+    itemsize = weight_itemsize(folder)
     model = load_dense(folder)
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
@@ -70,7 +71,7 @@ def evaluate_checkpoint(
             masked = score(model, few, window, "evaluate: masked path").perplexity
         del model
         exact = decode_perplexity(folder, few, torch.float32)
-        stored = exact if itemsize == torch.float32.itemsize else decode_perplexity(folder, few)
+        stored = exact if stored_dtype(folder) == torch.float32 else decode_perplexity(folder, few)
         figures["kernels"] = stored | {"fp32_perplexity": exact["perplexity"], "masked_perplexity": masked}
         gap = abs(exact["perplexity"] / masked - 1)
         if gap > AGREEMENT:
@@ -106,11 +107,14 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     dense = score(model, documents, window, "evaluate: dense")
     for extra in beside:
         extra.add("dense", model)
+    rounded = {}
+    if run.recipe.export.weights == "int8":
+        rounded["dense_int8"] = score(round_ffn(model), documents, window, "evaluate: dense, int8 FFN weights")
     thresholds, predictors = read(run.before("finetune"))
     rules = sparsifier_of(run.recipe, thresholds).rules
     with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
-    itemsize = model_itemsize(checkpoint)
+    itemsize = weight_itemsize(checkpoint)
     untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
     variants: dict[str, Scores] = {"dense": dense}
     if run.recipe.control:
@@ -119,7 +123,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         for extra in beside:
             extra.add("control", model)
     best = min(variants.values(), key=lambda scores: scores.perplexity)
-    variants |= {
+    variants |= rounded | {
         "rule": found["rule"],
         "oracle": found["oracle"],
         "sparse": found["scores"],
@@ -145,6 +149,12 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     }
 
 
-def model_itemsize(checkpoint: Path) -> int:
+def stored_dtype(checkpoint: Path) -> torch.dtype:
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return getattr(torch, config["dtype"]).itemsize
+    dtype: torch.dtype = getattr(torch, config["dtype"])
+    return dtype
+
+
+def weight_itemsize(checkpoint: Path) -> int:
+    """Bytes of an FFN weight as a sparse checkpoint decodes; 1 is int8."""
+    return 1 if read_weights(checkpoint) == "int8" else stored_dtype(checkpoint).itemsize

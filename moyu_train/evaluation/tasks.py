@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moyu_train.errors import MoyuError
 from moyu_train.progress import console
 from moyu_train.recipe import nearest
-from moyu_train.settings import Evaluate
+from moyu_train.settings_export import Evaluate
 
 if TYPE_CHECKING:
     from moyu_train.evaluation.inloop import SparseMasks

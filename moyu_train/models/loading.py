@@ -14,6 +14,7 @@ import torch
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
 from moyu_train.models.blocks import describe_blocks
+from moyu_train.models.int8 import round_ffn
 from moyu_train.models.marker import clear_marker, marked_rule, set_marker
 
 
@@ -92,6 +93,8 @@ Described = Sequence[Mapping[str, str | None]]
 def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, described: Described = ()) -> Any:
     """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
 
+    A sparse checkpoint that decodes with int8 weights gets what these stand for, and holds plain weights from then on.
+
     dtype: of the weights, or "auto": what is stored; described: the FFN blocks of an architecture that structure does
     not find, as in a recipe's `blocks`.
 
@@ -113,6 +116,9 @@ def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, descr
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
     if rule:
         set_marker(model.config, rule)
+    moyu = getattr(config, "moyu", None) or {}
+    if moyu.get("weights") == "int8":
+        round_ffn(model).config.moyu = {**moyu, "weights": "stored"}
     return model
 
 

@@ -41,7 +41,7 @@ class History(Reproduction):
         sparsifier = sparsifier_of(recipe, read(run.stage_folder("calibrate"))[0])
         cls, options = resolve("compare.predictors", recipe.compare.predictors[0], PREDICTORS)
         documents = run.test.first(recipe.evaluate.tokens)
-        item = 2 if recipe.export.dtype != "float32" else 4
+        item = recipe.export.itemsize
         judge = Judge(model, sparsifier.rules, {}, documents, recipe.evaluate.window, item)
         rows: list[dict[str, Any]] = []
         for text in histories(run.train, tokens, recipe.seed):

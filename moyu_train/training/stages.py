@@ -10,6 +10,7 @@ from torch import Tensor
 from moyu_train.analysis.plots import calibration
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import (
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 CALIBRATION = "calibration.png"
 STATE = "state.safetensors"  # thresholds and, from fit-predictors on, predictors
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def write(folder: Path, thresholds: list[Tensor], predictors: list[dict[str, Tensor]]) -> None:
@@ -89,7 +89,13 @@ def fit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
 
 def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
     """Predictors again, of the fine-tuned model: its activations have moved, and become easier to predict."""
-    return _fit(run, folder, "finetune", load_dense(run.stage_folder("finetune") / "model"))
+    return _fit(run, folder, "finetune", _finetuned(run))
+
+
+def _finetuned(run: "Run") -> Any:
+    """The fine-tuned model on the weights that the export decodes with: predictors and their cuts are for these."""
+    model = load_dense(run.stage_folder("finetune") / "model")
+    return round_ffn(model) if run.recipe.export.weights == "int8" else model
 
 
 def _in_loop(run: "Run", folder: Path, source: str, weights: str, model: Any) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def _in_loop(run: "Run", folder: Path, source: str, weights: str, model: Any) ->
         fitted,
         run.validation,
         run.recipe.calibrate,
-        ITEMSIZE[run.recipe.export.dtype],
+        run.recipe.export.itemsize,
         input_rules(run, weights),
         folder / "search.jsonl",
     )
@@ -120,7 +126,7 @@ def in_loop(run: "Run", folder: Path) -> dict[str, Any]:
 
 def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts again, with the fine-tuned model in the loop."""
-    model = load_dense(run.stage_folder("finetune") / "model")
+    model = _finetuned(run)
     _check_weights(run, "refit-predictors", model)
     return _in_loop(run, folder, "refit-predictors", "finetune", model)
 

@@ -277,6 +277,7 @@ from moyu_kernels.ops.cpu import build
 build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
 import test_gate_rules as gates
+import test_int8 as int8
 import test_topk as topk
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
@@ -288,6 +289,9 @@ for dtype in tests.DTYPES:
         gates.test_rows_equal_batch_of_one_bitwise(rule, dtype)
     topk.test_equals_naive(3, dtype)
     topk.test_rows_equal_batch_of_one_bitwise(dtype)
+    int8.test_equals_naive(3, dtype)
+    int8.test_rows_equal_batch_of_one_bitwise(dtype)
+    int8.test_linear(dtype, True)
     tests.test_linear(dtype, True)
     tests.test_attend(dtype, (2, 4, 4, 37, 33))
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels import SparseGatedFFN, density_drift, from_pretrained
-from moyu_kernels.loading import CheckpointError
+from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
 from predictors import FAMILIES
@@ -159,8 +159,8 @@ def test_unknown_predictor_family(checkpoint: Factory) -> None:
 
 def test_other_format_version(checkpoint: Factory) -> None:
     folder = checkpoint()
-    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=4))
-    with pytest.raises(CheckpointError, match="format version 4"):
+    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=5))
+    with pytest.raises(CheckpointError, match="format version 5"):
         from_pretrained(folder)
     reseal(folder)
     rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=7))

@@ -22,10 +22,10 @@ MAX_ROWS = 8
 _library = torch.library.Library("moyu", "FRAGMENT")
 _library.define(
     "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
-    " str rule='threshold', int keep=0) -> (Tensor, Tensor)"
+    " str rule='threshold', int keep=0, Tensor? scales=None) -> (Tensor, Tensor)"
 )
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
+_library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scales=None) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor)")
 _library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 _library.define("read_sum(Tensor buffer) -> Tensor")
@@ -42,17 +42,18 @@ def _(
     predictor: list[Tensor],
     rule: str = "threshold",
     keep: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
 
 @torch.library.register_fake("moyu::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("moyu::linears")
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def _(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: Tensor | None = None) -> Tensor:
     return x.new_empty((x.shape[0], sum(weight.shape[0] for weight in weights)))
 
 
@@ -80,8 +81,8 @@ def load() -> bool:
     except (BuildError, OSError) as error:
         logger.warning("moyu: the CPU kernels are not available, decoding falls back to plain PyTorch: %s", error)
         _library.impl("gated_ffn", naive.gated_ffn, "CPU")
-        _library.impl("linear", functional.linear, "CPU")
-        _library.impl("linears", _linears, "CPU")
+        _library.impl("linear", naive_linear.linear, "CPU")
+        _library.impl("linears", naive_linear.linears, "CPU")
         _library.impl("sparse_linear", naive_linear.sparse_linear, "CPU")
         _library.impl("attend", _attend, "CPU")
         _library.impl("read_sum", lambda buffer: buffer.sum(dtype=torch.int32), "CPU")
@@ -91,10 +92,6 @@ def load() -> bool:
 def status() -> str:
     """Which CPU kernels run here, in a few words; compiles them at first use."""
     return "native, compiled for this machine" if load() else "plain PyTorch (the native kernels could not be built)"
-
-
-def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    return functional.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -112,39 +109,41 @@ def gated_ffn(
     predictor: list[Tensor],
     rule: str = "threshold",
     keep: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
 
     Down rows that no row keeps are not read. With a predictor, neither are gate and up rows of neurons that no row
     selects; without one, but a rule in `naive.ON_GATE`, up rows of neurons that no row's gate lets pass.
 
-    Args and returns: as `naive.gated_ffn`; x, gate, up and down bfloat16, float16 or float32, weights contiguous.
+    Args and returns: as `naive.gated_ffn`; x bfloat16, float16 or float32, weights contiguous.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule, keep)
+    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` for 1 to 8 rows, fp32 accumulation, a row's result bitwise the same in any batch.
 
-    Args: x `[N, D]`, weight `[outputs, D]` contiguous, bias `[outputs]`, all of one dtype (bfloat16, float16, float32).
-    Returns: `[N, outputs]` of the same dtype.
+    Args: x `[N, D]`, weight `[outputs, D]` contiguous, bias `[outputs]`, all of one dtype (bfloat16, float16, float32);
+        or weight int8 beside the scale fp32 `[outputs]` of its rows.
+    Returns: `[N, outputs]` of x's dtype.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.linear.default(x, weight, bias)
+    return torch.ops.moyu.linear.default(x, weight, bias, scale)
 
 
-def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: Tensor | None = None) -> Tensor:
     """Several linear layers on one input, their outputs side by side, each bitwise what `linear` gives.
 
-    Args: x `[N, D]`, weights each `[outputs, D]`, biases one each or `[]`; as in `linear`.
+    Args: x `[N, D]`, weights each `[outputs, D]`, biases one each or `[]`; as in `linear`; scales `[sum of outputs]`.
     Returns: `[N, sum of outputs]` of x's dtype.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.linears.default(x, weights, biases)
+    return torch.ops.moyu.linears.default(x, weights, biases, scales)
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,39 +7,48 @@
 
 namespace moyu {
 
-// Several layers on one input: y [N, all outputs] holds theirs side by side.
-template <class W>
-void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, Tensor& y) {
+// Several layers on one input: y [N, all outputs] holds theirs side by side, x and y of type X, weights of type W.
+// scales: [all outputs], of the rows of the weights, where W is int8.
+template <class X, class W>
+void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                 const float* scales, Tensor& y) {
   const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), width = y.size(1);
   static thread_local std::vector<float> scratch;
   scratch.resize(rows * stride);
   float* wide = scratch.data();
-  widen_input<W>(x, wide, stride);
+  widen_input<X, W>(x, wide, stride);
   struct Range {
-    const W *weight, *bias;
-    W* out;
+    Matrix<W> weight;
+    const X* bias;
+    X* out;
     int64_t count, left;  // rows of this range, and to the end of the matrix
   };
   static thread_local std::vector<Range> ranges;
   ranges.clear();
   const int64_t step = chunk_rows<W>(d);
-  W* out = data<W>(y);
+  X* out = data<X>(y);
   for (size_t layer = 0; layer < weights.size(); ++layer) {
     const W* weight = data<const W>(weights[layer]);
-    const W* bias = biases.empty() ? nullptr : data<const W>(biases[layer]);
+    const X* bias = biases.empty() ? nullptr : data<const X>(biases[layer]);
     const int64_t outputs = weights[layer].size(0);
     for (int64_t row = 0; row < outputs; row += step)
-      ranges.push_back(
-          {weight + row * d, bias ? bias + row : nullptr, out + row, std::min(step, outputs - row), outputs - row});
+      ranges.push_back({{weight + row * d, scales ? scales + row : nullptr},
+                        bias ? bias + row : nullptr,
+                        out + row,
+                        std::min(step, outputs - row),
+                        outputs - row});
     out += outputs;
+    if (scales) scales += outputs;
   }
   const Range* all = ranges.data();
   for_ranges(ranges.size(), [&](int64_t i) {
     const Range& range = all[i];
-    stream_dots(range.weight, range.count, range.left, wide, rows, stride, d, [&](int64_t row, int64_t n, float value) {
+    const auto put = [&](int64_t row, int64_t n, float dot) {
+      const float value = range.weight.scaled(dot, row);
       const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
-      range.out[n * width + row] = static_cast<W>(sum);
-    });
+      range.out[n * width + row] = static_cast<X>(sum);
+    };
+    stream_dots(range.weight.rows, range.count, range.left, wide, rows, stride, d, put);
   });
 }
 

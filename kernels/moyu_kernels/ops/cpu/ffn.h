@@ -11,7 +11,7 @@ namespace moyu {
 
 template <class W>
 struct Ffn {
-  const W *gate, *up, *down;
+  Matrix<W> gate, up, down;
   const float *threshold, *x;
   std::optional<LowRank> lowrank;
   std::optional<LowBit> lowbit;
@@ -50,18 +50,19 @@ struct Ffn {
     for (int64_t i = 0; i < s.found; ++i) {
       const int64_t j = s.list[i], f = s.first + j;
       const int64_t far = s.neuron(i + lead, after, f) * d, near = s.neuron(i + lead / 2, after, f) * d;
-      const W *nothing = up + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
+      const W *nothing = up.rows + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
       float gates[MAX_ROWS], ups[MAX_ROWS], a[MAX_ROWS];
       if (known) {
         for (int64_t n = 0; n < rows; ++n) a[n] = first->row(n)[f];
       } else if (first) {
-        dots_tiled(Rows<W, 1>{{up + f * d}}, Rows<W, 4>{{up + far, up + near, newest, recent}}, x, rows, stride, d,
-                   [&](int, int64_t n, float value) { ups[n] = value; });
+        const Rows<W, 4> ahead{{up.rows + far, up.rows + near, newest, recent}};
+        dots_tiled(Rows<W, 1>{{up.rows + f * d}}, ahead, x, rows, stride, d,
+                   [&](int, int64_t n, float value) { ups[n] = up.scaled(value, f); });
         for (int64_t n = 0; n < rows; ++n) gates[n] = first->row(n)[f];
       } else {
-        const Rows<W, 6> ahead{{gate + far, up + far, gate + near, up + near, newest, recent}};
-        dots_tiled(Rows<W, 2>{{gate + f * d, up + f * d}}, ahead, x, rows, stride, d,
-                   [&](int m, int64_t n, float value) { (m ? ups : gates)[n] = value; });
+        const Rows<W, 6> ahead{{gate.rows + far, up.rows + far, gate.rows + near, up.rows + near, newest, recent}};
+        dots_tiled(Rows<W, 2>{{gate.rows + f * d, up.rows + f * d}}, ahead, x, rows, stride, d,
+                   [&](int m, int64_t n, float value) { (m ? ups : gates)[n] = (m ? up : gate).scaled(value, f); });
         for (int64_t n = 0; n < rows; ++n) gates[n] = ruled(gates[n], f);
       }
       const float least = ruled.rule == Rule::threshold ? threshold[f] : 0.0f;
@@ -69,15 +70,19 @@ struct Ffn {
         if (!known) a[n] = gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
         if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
       }
-      if (s.mask[j]) sums.push(down + f * d, s.mask[j], a, partial);
+      if (!s.mask[j]) continue;
+      for (int64_t n = 0; n < rows; ++n) a[n] = down.scaled(a[n], f);
+      sums.push(down.rows + f * d, s.mask[j], a, partial);
     }
     s.count(rows, counts + 1, 2);
   }
 };
 
-template <class W>
-void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const Tensor& threshold,
-             Act act, const std::vector<Tensor>& predictor, Rule rule, int64_t keep, Tensor& y, Tensor& counts) {
+// x and y of type X on weights of type W. scales: [3, neurons], of the rows of gate, up and down, where W is int8.
+template <class X, class W>
+void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const float* scales,
+             const Tensor& threshold, Act act, const std::vector<Tensor>& predictor, Rule rule, int64_t keep, Tensor& y,
+             Tensor& counts) {
   const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
   const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6;
   const bool gate_first = predictor.empty() && rule != Rule::threshold;
@@ -95,11 +100,14 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
         *partial = hidden + rows * hidden_stride, *gates = partial + rows * ranges * stride;
   int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
   float steps[MAX_ROWS];
-  widen_input<W>(x, wide, stride);
+  widen_input<X, W>(x, wide, stride);
 
-  Ffn<W> ffn{data<const W>(gate),
-             data<const W>(up),
-             data<const W>(down),
+  const auto matrix = [&](const Tensor& rows, int64_t which) {
+    return Matrix<W>{data<const W>(rows), scales ? scales + which * neurons : nullptr};
+  };
+  Ffn<W> ffn{matrix(gate, 0),
+             matrix(up, 1),
+             matrix(down, 2),
              data<const float>(threshold),
              wide,
              std::nullopt,
@@ -111,7 +119,7 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
              neurons,
              stride,
              block};
-  if (lowrank || lowbit) widen_input<W, int8_t>(x, plain, stride);
+  if (lowrank || lowbit) widen_input<X, int8_t>(x, plain, stride);
   const auto floats = [&](int i) { return data<const float>(predictor[i]); };
   if (lowrank) {
     std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
@@ -153,13 +161,13 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
     sums.finish();
   });
 
-  W* out = data<W>(y);
+  X* out = data<X>(y);
   int32_t* total = data<int32_t>(counts);
   std::fill(total, total + rows * 2, 0);
   for (int64_t i = 0; i < ranges * rows * 2; ++i) total[i % (rows * 2)] += tally[i];
   const auto used = [&](int64_t range, int64_t n) { return tally[(range * rows + n) * 2 + 1] > 0; };
   add_partials<W>(partial, ranges, rows, stride, d, used,
-                  [&](int64_t n, int64_t i, float sum) { out[n * d + i] = static_cast<W>(sum); });
+                  [&](int64_t n, int64_t i, float sum) { out[n * d + i] = static_cast<X>(sum); });
 }
 
 }  // namespace moyu

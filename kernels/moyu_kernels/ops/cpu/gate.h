@@ -10,7 +10,7 @@ namespace moyu {
 
 template <class W>
 struct GateFirst {
-  const W *weight, *up;
+  Matrix<W> weight, up;
   Gate gate;
   const float* x;
   int64_t rows, d, stride, neurons, keep;
@@ -27,12 +27,12 @@ struct GateFirst {
 
   void prepare(int64_t part) const {
     const int64_t begin = part * chunk_rows<W>(d), left = neurons - begin, count = std::min(chunk_rows<W>(d), left);
-    stream_dots(weight + begin * d, count, left, x, rows, stride, d,
-                [&](int64_t j, int64_t n, float value) { row(n)[begin + j] = value; });
+    stream_dots(weight.rows + begin * d, count, left, x, rows, stride, d,
+                [&](int64_t j, int64_t n, float value) { row(n)[begin + j] = weight.scaled(value, begin + j); });
     if (!complete()) return;
-    stream_dots(up + begin * d, count, left, x, rows, stride, d, [&](int64_t j, int64_t n, float value) {
+    stream_dots(up.rows + begin * d, count, left, x, rows, stride, d, [&](int64_t j, int64_t n, float value) {
       float& a = row(n)[begin + j];
-      a = gate(a, begin + j) * value;
+      a = gate(a, begin + j) * up.scaled(value, begin + j);
     });
   }
 

@@ -39,7 +39,7 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
 
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
                                      const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor,
-                                     std::string rule, int64_t keep) {
+                                     std::string rule, int64_t keep, std::optional<Tensor> scales) {
   const char* op = "gated_ffn";
   check_input(op, x);
   REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
@@ -51,20 +51,28 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
           "' needs the gates of all neurons, so a predictor has none to skip; pass []");
   REQUIRE(kept_by != Rule::topk || (keep >= 1 && keep <= neurons), op, ": keep is ", keep,
           ", rule 'topk' takes 1 to F = ", neurons);
+  REQUIRE(scales || gate.scalar_type() != ScalarType::Char, op,
+          ": gate is int8 and scales are missing; pass those of the rows of gate, up and down, float32 [3, F]");
+  if (scales) check(op, "scales", *scales, {3, neurons}, ScalarType::Float);
+  const ScalarType stored = scales ? ScalarType::Char : dtype;
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
-    check(op, "gate", gate, {neurons, d}, dtype);
-    check(op, "up", up, {neurons, d}, dtype);
-    check(op, "down", down, {neurons, d}, dtype);
+    check(op, "gate", gate, {neurons, d}, stored);
+    check(op, "up", up, {neurons, d}, stored);
+    check(op, "down", down, {neurons, d}, stored);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons);
-    run_ffn<decltype(type)>(x, gate, up, down, threshold, activation, predictor, kept_by, keep, y, counts);
+    using X = decltype(type);
+    const float* scale = scales ? data<const float>(*scales) : nullptr;
+    const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
+    run(x, gate, up, down, scale, threshold, activation, predictor, kept_by, keep, y, counts);
   });
   return {y, counts};
 }
 
-Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+               std::optional<Tensor> scales) {
   const char* op = "linear";
   check_input(op, x);
   REQUIRE(!weights.empty() && (biases.empty() || biases.size() == weights.size()), op, ": ", weights.size(),
@@ -75,17 +83,22 @@ Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::v
     const Tensor& weight = weights[layer];
     REQUIRE(weight.dim() == 2 && weight.size(0) >= 1, op, ": weight has shape ", shape_of(weight),
             ", expected [outputs, D]");
-    check(op, "weight", weight, {weight.size(0), x.size(1)}, dtype);
+    check(op, "weight", weight, {weight.size(0), x.size(1)}, scales ? ScalarType::Char : dtype);
     if (!biases.empty()) check(op, "bias", biases[layer], {weight.size(0)}, dtype);
     width += weight.size(0);
   }
+  if (scales) check(op, "scales", *scales, {width}, ScalarType::Float);
   Tensor y = torch::stable::new_empty(x, {x.size(0), width});
-  dispatch(dtype, op, [&](auto type) { run_linears<decltype(type)>(x, weights, biases, y); });
+  dispatch(dtype, op, [&](auto type) {
+    using X = decltype(type);
+    const auto run = scales ? run_linears<X, int8_t> : run_linears<X, X>;
+    run(x, weights, biases, scales ? data<const float>(*scales) : nullptr, y);
+  });
   return y;
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias) {
-  return linears(x, {weight}, bias ? std::vector<Tensor>{*bias} : std::vector<Tensor>{});
+Tensor linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
+  return linears(x, {weight}, bias ? std::vector<Tensor>{*bias} : std::vector<Tensor>{}, scale);
 }
 
 std::tuple<Tensor, Tensor> sparse_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,

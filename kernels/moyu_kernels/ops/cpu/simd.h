@@ -150,6 +150,7 @@ struct Rows {
 // Into the second-level cache: fetching into the first one is limited to its few open misses, and is slower here.
 template <class W, int M>
 inline void fetch_step(const Rows<W, M>& rows, int64_t i) {
+  if (i * static_cast<int64_t>(sizeof(W)) % LINE) return;  // a step of less than a line, in one that is on its way
   for (int m = 0; m < M; ++m)
     for (int64_t byte = 0; byte < STEP * static_cast<int64_t>(sizeof(W)); byte += LINE)
       __builtin_prefetch(reinterpret_cast<const char*>(rows.row[m] + i) + byte, 0, 2);

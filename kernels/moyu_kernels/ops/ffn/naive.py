@@ -221,6 +221,7 @@ def gated_ffn(
     predictor: list[Tensor],
     rule: str = "threshold",
     keep: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = a @ down` with `a = act(x @ gate.T) * (x @ up.T)`, set to zero where it is not kept.
 
@@ -228,26 +229,33 @@ def gated_ffn(
     largest of its row (all that are as large as the last of them). The other rules put something else in place of
     `act(g)` (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is
     given, only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the
-    dtype of the weights is fp32; the output is cast back to the dtype of `x`.
+    dtype of the weights is fp32; the output is cast back to the dtype of `x`. With `scales` the weights are int8, and
+    a row stands for its codes times its scale: `g = (x @ gate.T) * scales[0]`, u alike, `y = (a * scales[2]) @ down`.
 
-    Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32 (0 keeps all);
+    Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype, or int8 beside scales `[3, F]` fp32, of their rows;
+        threshold `[F]` fp32 (0 keeps all);
         act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`;
         keep 1 to F under "topk".
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected, which are those whose up row is needed
         (by the predictor; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
-    Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, or a `keep` out of range.
+    Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, a `keep` out of range, or int8 without scales.
     """
+    if (scales is None) == (gate.dtype == torch.int8):
+        raise ValueError(f"gate is {gate.dtype}: int8 weights go with scales [3, F], and no others do")
     if predictor and rule in WHOLE_ROW:
         raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
     if rule == "topk" and not 1 <= keep <= len(gate):
         raise ValueError(f"keep is {keep}, rule 'topk' takes 1 to F = {len(gate)}")
     g, u = x.float() @ gate.float().T, x.float() @ up.float().T
+    if scales is not None:
+        g, u = g * scales[0], u * scales[1]
     a, selected, kept = ruled_activation(g, u, threshold, act, rule, keep)
     if predictor:
         op_family(predictor)
         function = ACTIVATIONS[act]
         selected = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold)) > 0
         kept = kept & selected
-    y = torch.where(kept, a, 0.0) @ down.float()
+    a = torch.where(kept, a, 0.0)
+    y = (a if scales is None else a * scales[2]) @ down.float()
     counts = torch.stack([selected.sum(-1), kept.sum(-1)], dim=-1).to(torch.int32)
     return y.to(x.dtype), counts

@@ -107,9 +107,19 @@ def _target(device: torch.device) -> GPUTarget:
 
 
 def _check(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, threshold: Tensor, act: str, predictor: list[Tensor], rule: str
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str,
+    scales: Tensor | None,
 ) -> None:
     """Refuses what the kernels do not compute exactly."""
+    if scales is not None:
+        raise ValueError("int8 weights have no triton op yet; load the checkpoint with weights='stored'")
     if rule != "threshold":
         raise ValueError(f"rule {rule!r} has no triton op yet; use the backend cpu or reference")
     if act not in ACTIVATIONS:
@@ -162,6 +172,7 @@ def gated_ffn(
     predictor: list[Tensor],
     rule: str = "threshold",
     keep: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, or 3 with a predictor.
 
@@ -169,7 +180,7 @@ def gated_ffn(
         `ACTIVATIONS`; predictor `[]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
-    _check(x, gate, up, down, threshold, act, predictor, rule)
+    _check(x, gate, up, down, threshold, act, predictor, rule, scales)
     if x.device.type != "cuda" and isinstance(down_kernel, triton.JITFunction):
         raise ValueError(
             f"x is on {x.device}: the triton backend needs a GPU (or TRITON_INTERPRET=1 before the import)"
@@ -192,6 +203,7 @@ def _(
     predictor: list[Tensor],
     rule: str = "threshold",
     keep: int = 0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, gate, up, down, threshold, act, predictor, rule)
+    _check(x, gate, up, down, threshold, act, predictor, rule, scales)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

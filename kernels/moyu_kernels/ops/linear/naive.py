@@ -1,7 +1,25 @@
-"""Linear layer with sparse inputs in plain PyTorch: the definition that every backend is tested against."""
+"""Linear layers, dense and with sparse inputs, in plain PyTorch: the definition of what every backend computes."""
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`; of int8 rows `(x @ weight.T) * scale + bias` in fp32.
+
+    Args: x `[N, D]`; weight `[outputs, D]` of x's dtype, or int8 beside scale fp32 `[outputs]`; bias `[outputs]`.
+    Returns: `[N, outputs]` of x's dtype.
+    """
+    if scale is None:
+        return functional.linear(x, weight, bias)
+    y = x.float() @ weight.float().T * scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], scales: Tensor | None = None) -> Tensor:
+    """`linear` of several layers on one input, side by side."""
+    return linear(x, torch.cat(weights), torch.cat(biases) if biases else None, scales)
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,105 @@
+"""What a sparse checkpoint's folder holds (docs/checkpoint-format.md), read and checked."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .ops.ffn.naive import PREDICTORS, SIMULATED
+
+FORMAT_VERSION = 4
+READS = (1, 2, 3, 4)  # 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`
+MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
+LAYOUTS = ("gated", "fused", "plain", "experts")
+
+
+class CheckpointError(ValueError):
+    """The folder is not a sparse checkpoint that this version can load; the message says what to do."""
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete, undamaged checkpoint; every file is hashed.
+
+    Raises: CheckpointError.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: it is not a sparse checkpoint, or was not written to its end; export it again"
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    _check_version(path, manifest)
+    for name in ("files", "ffn_sha256"):
+        if name not in manifest:
+            raise CheckpointError(f"{path} lacks {name!r}; export the checkpoint again")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is in the manifest but missing; copy the whole folder again")
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{file} was changed or damaged after the export (SHA-256 {found[:12]}…, manifest {expected[:12]}…); "
+                "copy it again, or export the changed model again; where you changed weights, fit predictors for "
+                f"them with `moyu fit-predictors --from {folder}`"
+            )
+    return manifest
+
+
+def _check_version(path: Path, data: dict[str, Any]) -> None:
+    version = data.get("format_version")
+    if version not in READS:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this moyu_kernels reads versions {READS[0]} to {READS[-1]}; "
+            "use the moyu_kernels that matches it, or export the checkpoint again"
+        )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    path = folder / "config.json"
+    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = raw.get("moyu")
+    if settings is None:
+        raise CheckpointError(f"{path} has no block 'moyu'; export the checkpoint again")
+    _check_version(path, settings)
+    missing = [
+        name
+        for name in ("activation", "activation_field", "architectures", "blocks", "predictor")
+        if name not in settings
+    ]
+    if missing or not settings.get("blocks"):
+        raise CheckpointError(f"{path}: the block 'moyu' lacks {', '.join(missing) or 'blocks'}; export it again")
+    for block in settings["blocks"]:
+        if block["layout"] not in LAYOUTS:
+            raise CheckpointError(
+                f"{path}: layout {block['layout']!r} of {block['path']} is unknown; update moyu_kernels"
+            )
+    return raw, settings["blocks"], settings
+
+
+def predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the predictor's tensors, none where there is no predictor or no op computes it."""
+    predictor = settings["predictor"]
+    if predictor is None:
+        return ()
+    if predictor["family"] not in PREDICTORS | SIMULATED:
+        raise CheckpointError(
+            f"{folder}: the predictor family {predictor['family']!r} is unknown (known: {', '.join(PREDICTORS)}); "
+            "update moyu_kernels"
+        )
+    if predictor["ffn_sha256"] != manifest["ffn_sha256"]:
+        raise CheckpointError(
+            f"{folder}: the predictor is stale: it was fitted for FFN weights {predictor['ffn_sha256'][:12]}…, the "
+            f"folder holds {manifest['ffn_sha256'][:12]}…; fit them on these weights with "
+            f"`moyu fit-predictors --from {folder}`"
+        )
+    return PREDICTORS.get(predictor["family"], ())
+
+
+def tensor_of(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise CheckpointError(f"{folder / STATE} lacks the tensor {name!r}; export the checkpoint again")
+    return state[name]

@@ -1,0 +1,73 @@
+"""The sparse FFN block on int8 weights: each row that is read has half the bytes of bf16."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from .modules import SparseGatedFFN
+from .ops.ffn.int8 import dequantise_rows, quantise_rows
+
+PART = 2**22  # weights that prefill widens at a time, so that no second copy of a matrix is kept
+
+
+class Int8GatedFFN(SparseGatedFFN):
+    """`SparseGatedFFN` on the projections' weights rounded to int8, with one fp32 scale a row (`quantise_rows`).
+
+    The op takes the rows as they are; prefill widens them in parts to x's dtype. The projections are let go. The state
+    dict is the stock one and holds what the rows stand for, in the projections' dtype.
+
+    Raises: ValueError also for weights that are not finite, and for the backend "triton", which has no int8 op.
+    """
+
+    scales: Tensor
+    gate_codes: Tensor
+    up_codes: Tensor
+    down_codes: Tensor
+
+    def _store(self, projections: dict[str, nn.Linear]) -> None:
+        gate, up, down = (projection.weight.detach() for projection in projections.values())
+        self._dtype = gate.dtype
+        rows = [quantise_rows(weight) for weight in (gate, up, down.t())]
+        for part, (codes, _) in zip(("gate", "up", "down"), rows, strict=True):
+            self.register_buffer(f"{part}_codes", codes.contiguous(), persistent=False)
+        self.scales = torch.stack([scale for _, scale in rows])
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of gate, up and down, each contiguous int8 `[F, D]`; their scales are `scales` fp32 `[3, F]`."""
+        return self.gate_codes, self.up_codes, self.down_codes
+
+    def set_mode(self, mode: str, backend: str | None = None) -> "Int8GatedFFN":
+        super().set_mode(mode, backend)
+        if self.backend == "triton":
+            raise ValueError(
+                "int8 weights have no triton op yet; load the checkpoint with weights='stored', or use the backend cpu"
+            )
+        return self
+
+    def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = (
+            torch.cat([functional.linear(x, dequantise_rows(codes, scale, x.dtype)) for codes, scale in parts], dim=-1)
+            for parts in (self._parts(self.gate_codes, 0), self._parts(self.up_codes, 1))
+        )
+        return gate, up
+
+    def _down(self, a: Tensor) -> Tensor:
+        columns = self.down_codes.split(max(PART // self.neurons, 1), dim=1)
+        widened = (dequantise_rows(codes, self.scales[2], a.dtype) for codes in columns)
+        return torch.cat([functional.linear(a, rows.t()) for rows in widened], dim=-1)
+
+    def _parts(self, codes: Tensor, which: int) -> Iterator[tuple[Tensor, Tensor]]:
+        count = max(PART // self.hidden, 1)
+        return zip(codes.split(count), self.scales[which].split(count), strict=True)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        gate, up, down = (
+            dequantise_rows(codes, scale, self._dtype) for codes, scale in zip(self.weights, self.scales, strict=True)
+        )
+        for name, weight in zip(self._names, (gate, up, down.t().contiguous()), strict=True):
+            destination[f"{prefix}{name}.weight"] = weight

@@ -1,0 +1,43 @@
+"""A dense model on the int8 weights that its export decodes with: by value, and by row for timing."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from moyu_kernels.loading import ACTIVATIONS
+from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_rows
+from moyu_kernels.quantised import Int8GatedFFN
+from torch import nn
+
+from moyu_train.models.blocks import find_blocks
+from moyu_train.models.marker import base_activation
+
+
+@torch.no_grad()
+def round_ffn(model: Any) -> Any:
+    """Put what int8 rows stand for, `codes * scale`, in place of the FFN weights of a model with gated blocks.
+
+    A row belongs to a neuron, so `down` is rounded by its columns. Returns: the model.
+    """
+    for block in find_blocks(model):
+        gate, up, down = block.weights()
+        for rows in (gate, up, down.T):
+            rows.copy_(dequantise_rows(*quantise_rows(rows), rows.dtype))
+    return model
+
+
+def int8_twin(model: Any) -> Any:
+    """A copy of a dense model that shares its parameters, but for its FFN blocks, which read all of their int8 rows.
+
+    It is for timing: where no op has the blocks' activation, it computes silu in its place, at the same cost.
+    """
+    blocks = find_blocks(model)
+    act = ACTIVATIONS.get(base_activation(model.config), "silu")
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for block in blocks:
+        parent, _, name = block.path.rpartition(".")
+        names = [part for part in (block.gate, block.up, block.down) if part]
+        projections = {part: cast(nn.Linear, twin.get_submodule(f"{block.path}.{part}")) for part in names}
+        ffn = Int8GatedFFN(projections, act, torch.zeros(block.neurons), [], "dense")
+        setattr(twin.get_submodule(parent), name, ffn)
+    return twin
