@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu_train import about
-from moyu_train.errors import MoyuError
+from moyu_train.errors import MoyuError, is_told
 from moyu_train.recipe import Recipe, load_recipe
 
 STAGE_VERBS = {
@@ -122,7 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
-    except MoyuError as error:
+    except Exception as error:
+        if not is_told(error):
+            raise
         print(f"moyu {known.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,7 +1,6 @@
 """Loads a sparse checkpoint (docs/checkpoint-format.md) into its stock transformers model."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .prompt import PromptState, watch_sequences
+from .reading import CheckpointError, inside, read_json, reading
 from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
@@ -35,10 +35,6 @@ ACTIVATIONS = {
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-class CheckpointError(ValueError):
-    """The folder is not a sparse checkpoint that this version can load; the message says what to do."""
-
-
 def from_pretrained(
     folder: str | Path, dtype: torch.dtype | None = None, backend: str = "auto", mode: str = "predicted"
 ) -> Any:
@@ -57,7 +53,11 @@ def from_pretrained(
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version.
     """
-    folder = Path(folder)
+    with reading(folder):
+        return _from_pretrained(Path(folder), dtype, backend, mode)
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode: str) -> Any:
     manifest = read_manifest(folder)
     raw, block_list, settings = _read_config(folder)
     state = load_file(folder / STATE)
@@ -90,13 +90,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is not a sparse checkpoint, or was not written to its end; export it again"
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     _check_version(path, manifest)
     for name in ("files", "ffn_sha256"):
         if name not in manifest:
             raise CheckpointError(f"{path} lacks {name!r}; export the checkpoint again")
     for name, expected in manifest["files"].items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.is_file():
             raise CheckpointError(f"{file} is in the manifest but missing; copy the whole folder again")
         with file.open("rb") as stream:
@@ -106,7 +106,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{file} was changed or damaged after the export (SHA-256 {found[:12]}…, manifest {expected[:12]}…); "
                 "copy it again, or export the changed model again"
             )
+    for name in sorted({"config.json", STATE} - set(manifest["files"])):
+        raise CheckpointError(f"{path} does not list {name}, so nothing says that it is the one; export it again")
+    _refuse_strangers(folder, manifest["files"])
     return manifest
+
+
+def _refuse_strangers(folder: Path, known: Any) -> None:
+    """Raises: CheckpointError for files beside the listed ones that transformers would load unasked, or run."""
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.json", "*.py"):
+        for file in folder.glob(pattern):
+            if file.name not in known:
+                raise CheckpointError(
+                    f"{file} is not in the manifest, and transformers may load it beside the checkpoint; remove it"
+                )
 
 
 def _check_version(path: Path, data: dict[str, Any]) -> None:
@@ -120,7 +133,7 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     path = folder / "config.json"
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    raw = read_json(path) if path.is_file() else {}
     settings = raw.get("moyu")
     if settings is None:
         raise CheckpointError(f"{path} has no block 'moyu'; export the checkpoint again")
@@ -173,18 +186,19 @@ def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | Non
     """The dense model from its stock class, and the marker that its config held."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     owner, field = _owner(config, settings["activation_field"]), settings["activation_field"]
     marker = getattr(owner, field)
     setattr(owner, field, settings["activation"])
     name = settings["architectures"][0]
     config.architectures = [name]
     cls = getattr(transformers, name, None)
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(
             f"{folder} needs {name}, which transformers {transformers.__version__} does not have; install one that does"
         )
-    model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    loader: Any = cls
+    model, info = loader.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder}: the weight files lack {sorted(info['missing_keys'])} and do not fit "

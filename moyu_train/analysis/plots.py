@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from moyu_train.files import reading
+
 TITLES = (
     "Over-activation: perplexity under oracle masks",
     "Neurons selected and kept, layer by layer",
@@ -104,7 +106,8 @@ def frontier(figures: dict[str, Any]) -> Figure:
 
 
 def training(metrics: Path) -> Figure:
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    with reading(metrics):
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = axes_of("step", "loss (nats per token)")
     if not lines:  # rebuilt from a delta
         return figure

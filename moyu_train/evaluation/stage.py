@@ -1,7 +1,6 @@
 """The evaluate stage of a recipe: perplexity of every variant on the same held-out documents."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.extras import Extra, extras
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.files import read_json, reading
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
 from moyu_train.training.inputs import input_rules
@@ -146,5 +146,6 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
 
 
 def model_itemsize(checkpoint: Path) -> int:
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    return getattr(torch, config["dtype"]).itemsize
+    config = read_json(checkpoint / "config.json")
+    with reading(checkpoint / "config.json"):
+        return getattr(torch, config["dtype"]).itemsize
