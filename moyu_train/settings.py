@@ -270,6 +270,8 @@ class Compare(Section):
 
 class Export(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    license: str = Field("", description="of the model card, as the hub names it; default what the parent's card says")
+    base_model: str = Field("", description="of the model card: the parent's hub id; default `model` where it is one")
 
 
 class Agreement(Section):

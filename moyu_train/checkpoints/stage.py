@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moyu_train.checkpoints.card import write_card
 from moyu_train.checkpoints.export import export
 from moyu_train.checkpoints.verify import verify
 from moyu_train.evaluation.inloop import row_bytes
@@ -34,6 +35,7 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     selected = run.figures("recalibrate")["selected_share"] if family else None
     inputs = input_rules(run, "finetune")
     export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, selected, inputs)
+    write_card(folder / CHECKPOINT, run.recipe, stock=bool(rules[0].stock_activation and not inputs))
     blocks = find_blocks(model)
     itemsize = dtype.itemsize
     dense = sum(3 * block.neurons * row_bytes(block, itemsize) for block in blocks)
