@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu_train import about, on_folder
-from moyu_train.errors import MoyuError
+from moyu_train.errors import MoyuError, is_told
 from moyu_train.recipe import Recipe, load_recipe, shipped_recipes
 
 STAGE_VERBS = {
@@ -142,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         figures = _dispatch(known, rest)
-    except MoyuError as error:
+    except Exception as error:
+        if not is_told(error):
+            raise
         print(f"moyu {known.verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,8 @@
 """Text to documents, documents to token windows. Splits are by document."""
 
+import gzip
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,21 +129,49 @@ def read_texts(source: str, text_field: str, setting: str = "data.text_field") -
         raise MoyuError(
             f"data {source!r} has no field {text_field!r} (it has {', '.join(first) or 'no rows'}); set {setting}"
         )
-    documents = (row[field] for row in chain([first], rows))
-    return (document for document in documents if document and (field == MESSAGES or document.strip()))
+    return _documents((row.get(field) for row in chain([first], rows)), field, source)
+
+
+def _documents(values: Iterable[Any], field: str, source: str) -> Iterator[Any]:
+    """Texts, or conversations, that hold something."""
+    kind = list if field == MESSAGES else str
+    for value in values:
+        if value is not None and not isinstance(value, kind):
+            raise MoyuError(
+                f"data {source!r} has a {type(value).__name__} in the field {field!r}, where a {kind.__name__} is "
+                "expected; set data.text_field to the field with the text"
+            )
+        if value and (not isinstance(value, str) or value.strip()):
+            yield value
 
 
 def _rows(source: str, file: bool) -> Iterator[dict[str, Any]]:
-    import datasets
-
     try:
         if file:
-            yield from datasets.load_dataset("json", data_files=source, split="train")
-        else:
-            name, subset, split, *_ = [*source.split(":"), "", ""]
-            yield from datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+            yield from _json_rows(Path(source))
+            return
+        import datasets
+
+        name, subset, split, *_ = [*source.split(":"), "", ""]
+        yield from datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except Exception as error:  # datasets raises many types here; the cause stays attached
         raise MoyuError(f"data {source!r} could not be read: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines, or of one array, gzipped or not. Not by `datasets`: pyarrow, which reads JSON
+    there, crashes on deep nesting."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        first = file.readline()
+        if first.lstrip().startswith("["):
+            rows = json.loads(first + file.read())
+        else:
+            rows = (json.loads(line) for line in chain([first], file) if line.strip())
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {number} is a {type(row).__name__}, not an object")
+            yield row
 
 
 def _articles(text: str) -> list[str]:

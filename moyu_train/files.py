@@ -4,8 +4,13 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+import moyu_kernels.reading
+from safetensors.torch import load_file
+from torch import Tensor
 
 from moyu_train.errors import MoyuError
 
@@ -21,6 +26,23 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def reading(what: str | Path) -> AbstractContextManager[None]:
+    """Turns whatever a malformed file raises within into a MoyuError that names it."""
+    return moyu_kernels.reading.reading(what, MoyuError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises: MoyuError."""
+    with reading(path):
+        return moyu_kernels.reading.read_json(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises: MoyuError."""
+    with reading(path):
+        return load_file(path)
 
 
 def sha256(path: Path) -> str:

@@ -7,7 +7,6 @@ runs again from nothing, so that no number of an earlier run can be reported.
 
 import hashlib
 import importlib
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from accelerate import PartialState
 from moyu_train import __version__, data, own_text
 from moyu_train.checks import check_methods, check_model, check_parent
 from moyu_train.errors import MoyuError
-from moyu_train.files import check_writable, sha256, write_json, write_text
+from moyu_train.files import check_writable, read_json, sha256, write_json, write_text
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
@@ -212,8 +211,8 @@ class Run:
         path = self.stage_folder(name) / "stage.json"
         if not path.is_file():
             return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["key"] == self.key(name) else None
+        record = read_json(path)
+        return record if record.get("key") == self.key(name) and "figures" in record else None
 
     def figures(self, name: str) -> dict[str, Any]:
         """Figures of a stage that has to be finished.

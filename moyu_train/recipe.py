@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from moyu_train.errors import MoyuError
 from moyu_train.penalties import PENALTIES
@@ -33,6 +33,7 @@ from moyu_train.settings_export import Bench, Evaluate, Export
 from moyu_train.sparsifiers import SPARSIFIERS
 
 CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model
+DEPTH = 30  # of nested lists and mappings in a recipe
 INERTIA_RAMP = (0.3, 0.5)  # shares of the steps between which the coefficient of `inertia` rises from 0
 
 
@@ -41,7 +42,7 @@ class RecipeError(MoyuError):
 
 
 class Recipe(Section):
-    model: str
+    model: str = Field(min_length=1)
     run: str = Field("", description="run folder; default runs/<recipe name>")
     seed: int = 0
     target_sparsity: float = Field(0.6, gt=0, lt=1, description="share of neurons off per token under the rule")
@@ -74,6 +75,15 @@ class Recipe(Section):
             if isinstance(named.get(kind), dict):
                 named[kind] = {"name": cls.model_fields[kind].default.name, **named[kind]}
         return named
+
+    @field_validator("run")
+    @classmethod
+    def _stays(cls, value: str) -> str:
+        if ".." in Path(value).parts or "\0" in value:
+            raise ValueError(
+                f"run {value!r} leads out of where it starts; stages delete what they find in it, so name it plainly"
+            )
+        return value
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
@@ -182,7 +192,21 @@ def _override(settings: dict[str, Any], overrides: list[str]) -> None:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise RecipeError(f"{flag}: {section!r} is a value, not a section")
-        target[key] = yaml.safe_load(value)
+        target[key] = _parse(value, flag)
+
+
+def _parse(text: str, what: str) -> Any:
+    """Plain data of a YAML text: no objects, and no aliases, of which a few lines can stand for gigabytes."""
+    depth = 0
+    try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > DEPTH:
+                wrong = "YAML aliases (*name)" if depth <= DEPTH else f"more than {DEPTH} levels"
+                raise RecipeError(f"{what} has {wrong}; write the values out plainly")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
+        raise RecipeError(f"{what} is not valid YAML: {error}") from error
 
 
 def load_recipe(source: str, overrides: list[str] | None = None, known: dict[str, Any] | None = None) -> Recipe:
@@ -195,9 +219,10 @@ def load_recipe(source: str, overrides: list[str] | None = None, known: dict[str
         if not path.is_file():
             raise RecipeError(f"recipe {source!r} does not exist; `moyu recipes` lists the shipped ones")
         try:
-            settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise RecipeError(f"recipe {source!r} is not valid YAML: {error}") from error
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"recipe {source!r} could not be read: {error}; give a text file in UTF-8") from error
+        settings = _parse(text, f"recipe {source!r}") or {}
         if not isinstance(settings, dict):
             raise RecipeError(f"recipe {source!r} must be a mapping of settings, got {type(settings).__name__}")
         name = f"{path.parent.name}-{path.stem}" if path.parent.name else path.stem

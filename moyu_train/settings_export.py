@@ -14,6 +14,9 @@ class Export(Section):
         "stored", description="of the FFN as they decode: as stored, in `dtype`, or int8 with a scale a neuron's row"
     )
 
+    license: str = Field("", description="of the model card, as the hub names it; default what the parent's card says")
+    base_model: str = Field("", description="of the model card: the parent's hub id; default `model` where it is one")
+
     @property
     def itemsize(self) -> int:
         """Bytes of an FFN weight as it decodes; 1 is int8, whose rows have scales beside them."""

@@ -73,6 +73,22 @@ def test_the_description_in_the_docs_is_one_that_works() -> None:
     assert settings == {"blocks": list(CASES["GPT-J"].described)}
 
 
+def test_quoted_messages_are_those_of_the_source() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        piece.strip()
+        for line in re.findall(r"^\*\*(`.*?)\*\* ", text, re.MULTILINE)
+        for piece in re.split("`, `|…|`", line)
+    ]
+    paths = [path for folder in ("moyu_train", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    joined = (re.sub(r'"\s*\n\s*f?"', "", path.read_text(encoding="utf-8")) for path in paths)
+    source = re.sub(r"\{[^{}]*\}", "…", "\n".join(joined))
+    pieces = [piece.strip(" ,*") for piece in quoted if len(piece.strip(" ,*")) > 3]
+    assert len(pieces) > 20
+    for piece in pieces:
+        assert piece in source, piece
+
+
 def test_kernels_folder_does_not_shadow_the_package_of_that_name() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -1,22 +1,18 @@
 """What a sparse checkpoint's folder holds (docs/checkpoint-format.md), read and checked."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .ops.ffn.naive import PREDICTORS, SIMULATED
+from .reading import CheckpointError, inside, read_json
 
 FORMAT_VERSION = 4
 READS = (1, 2, 3, 4)  # 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
 LAYOUTS = ("gated", "fused", "plain", "experts")
-
-
-class CheckpointError(ValueError):
-    """The folder is not a sparse checkpoint that this version can load; the message says what to do."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -29,13 +25,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} has no {MANIFEST}: it is not a sparse checkpoint, or was not written to its end; export it again"
         )
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     _check_version(path, manifest)
     for name in ("files", "ffn_sha256"):
         if name not in manifest:
             raise CheckpointError(f"{path} lacks {name!r}; export the checkpoint again")
     for name, expected in manifest["files"].items():
-        file = folder / name
+        file = inside(folder, name)
         if not file.is_file():
             raise CheckpointError(f"{file} is in the manifest but missing; copy the whole folder again")
         with file.open("rb") as stream:
@@ -46,7 +42,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 "copy it again, or export the changed model again; where you changed weights, fit predictors for "
                 f"them with `moyu fit-predictors --from {folder}`"
             )
+    for name in sorted({"config.json", STATE} - set(manifest["files"])):
+        raise CheckpointError(f"{path} does not list {name}, so nothing says that it is the one; export it again")
+    _refuse_strangers(folder, manifest["files"])
     return manifest
+
+
+def _refuse_strangers(folder: Path, known: Any) -> None:
+    """Raises: CheckpointError for files beside the listed ones that transformers would load unasked, or run."""
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.json", "*.py"):
+        for file in folder.glob(pattern):
+            if file.name not in known:
+                raise CheckpointError(
+                    f"{file} is not in the manifest, and transformers may load it beside the checkpoint; remove it"
+                )
 
 
 def _check_version(path: Path, data: dict[str, Any]) -> None:
@@ -60,7 +69,7 @@ def _check_version(path: Path, data: dict[str, Any]) -> None:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
     path = folder / "config.json"
-    raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    raw = read_json(path) if path.is_file() else {}
     settings = raw.get("moyu")
     if settings is None:
         raise CheckpointError(f"{path} has no block 'moyu'; export the checkpoint again")

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import STATE, CheckpointError, predictor_names, read_config, read_manifest, tensor_of
+from .checkpoint import STATE, predictor_names, read_config, read_manifest, tensor_of
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .prompt import PromptState, watch_sequences
 from .quantised import Int8GatedFFN
+from .reading import CheckpointError, reading
 from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,11 @@ def from_pretrained(
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
         that takes int8 weights.
     """
-    folder = Path(folder)
+    with reading(folder):
+        return _from_pretrained(Path(folder), dtype, backend, mode, weights)
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None) -> Any:
     manifest = read_manifest(folder)
     raw, block_list, settings = read_config(folder)
     weights = settings.get("weights", "stored") if weights is None else weights
@@ -91,18 +96,19 @@ def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | Non
     """The dense model from its stock class, and the marker that its config held."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     owner, field = _owner(config, settings["activation_field"]), settings["activation_field"]
     marker = getattr(owner, field)
     setattr(owner, field, settings["activation"])
     name = settings["architectures"][0]
     config.architectures = [name]
     cls = getattr(transformers, name, None)
-    if cls is None:
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise CheckpointError(
             f"{folder} needs {name}, which transformers {transformers.__version__} does not have; install one that does"
         )
-    model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    loader: Any = cls
+    model, info = loader.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
     if info["missing_keys"] or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder}: the weight files lack {sorted(info['missing_keys'])} and do not fit "

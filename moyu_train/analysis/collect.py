@@ -1,6 +1,5 @@
 """One row for each of several finished runs: the routes of a comparison, side by side."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,16 @@ from rich.table import Table
 from moyu_train.analysis import plots
 from moyu_train.analysis.tables import console
 from moyu_train.errors import MoyuError
+from moyu_train.files import read_json
 
 
 def _figures(run: Path, stage: str) -> dict[str, Any]:
     path = run / stage / "stage.json"
     if not path.is_file():
         raise MoyuError(f"run {str(run)!r} has no finished stage {stage!r}; run its recipe to the end first")
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    figures = read_json(path).get("figures")
+    if not isinstance(figures, dict):
+        raise MoyuError(f"{path} has no figures; run its recipe to the end again")
     return figures
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from moyu_train.files import reading
+
 TITLES = {
     "uplift.png": "Over-activation: perplexity under oracle masks",
     "layers.png": "Neurons selected and kept, layer by layer",
@@ -124,7 +126,8 @@ def calibration(figures: dict[str, Any]) -> Figure:
 
 
 def training(metrics: Path) -> Figure:
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    with reading(metrics):
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure, axes = axes_of("step", "loss (nats per token)")
     if not lines:  # rebuilt from a delta
         return figure

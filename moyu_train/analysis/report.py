@@ -13,6 +13,8 @@ from rich.console import Console
 
 from moyu_train.analysis import plots
 from moyu_train.analysis.tables import calibration_table, console, quality_table, speed_table, task_table
+from moyu_train.checkpoints.card import write_card
+from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -125,6 +127,8 @@ def report(run: "Run", folder: Path) -> dict[str, Any]:
     )
     write_text(run.folder / "report.html", page)
     write_json(run.folder / "result.json", result)
+    checkpoint = run.stage_folder("export") / CHECKPOINT
+    write_card(checkpoint, run.recipe, not run.figures("verify")["stock_refuses"], result)
     for table in tables:
         console.print(table)
     console.print(f"run folder: {run.folder.resolve()} (result.json, report.html, {', '.join(images)})")

@@ -1,6 +1,5 @@
 """Writes a sparse checkpoint (docs/checkpoint-format.md) and checks what it wrote before it says done."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 import torch
 from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE
 from moyu_kernels.rules import Rule
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
-from moyu_train.files import sha256, write_json
+from moyu_train.files import read_json, read_tensors, reading, sha256, write_json
 from moyu_train.models.blocks import describe_blocks, ffn_sha256, find_blocks
 from moyu_train.models.marker import activation_field, base_activation, clear_marker, set_activation, set_marker
 from moyu_train.models.state import (
@@ -109,24 +108,27 @@ def write_manifest(folder: Path, digest: str) -> None:
 
 def read_inputs(folder: Path) -> dict[str, Rule]:
     """Rules of the inputs of linear layers of a sparse checkpoint, by path; mostly none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    inputs = config["moyu"].get("inputs") or {"paths": []}
-    tensors = load_file(folder / STATE)
-    return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in enumerate(inputs["paths"])}
+    config, tensors = read_json(folder / "config.json"), read_tensors(folder / STATE)
+    with reading(folder):
+        inputs = config["moyu"].get("inputs") or {"paths": []}
+        paths = enumerate(inputs["paths"])
+        return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in paths}
 
 
 def read_rules(folder: Path) -> list[Rule]:
     """The rule of each block of a sparse checkpoint."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    formula = config["moyu"].get("formula", {})
-    return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(load_file(folder / STATE))]
+    config, tensors = read_json(folder / "config.json"), read_tensors(folder / STATE)
+    with reading(folder):
+        formula = config["moyu"].get("formula", {})
+        return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
 
 
 def read_weights(folder: Path) -> str:
     """How a sparse checkpoint decodes its FFN weights: "stored" or "int8"."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    weights: str = config["moyu"].get("weights", "stored")
-    return weights
+    config = read_json(folder / "config.json")
+    with reading(folder):
+        weights: str = config["moyu"].get("weights", "stored")
+        return weights
 
 
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:
@@ -134,12 +136,17 @@ def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None
 
     Raises: MoyuError where the predictors were fitted for other FFN weights.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    fitted_for = (config["moyu"]["predictor"] or {}).get("ffn_sha256")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if fitted_for not in (None, manifest["ffn_sha256"]):
+    config, manifest, tensors = (
+        read_json(folder / "config.json"),
+        read_json(folder / MANIFEST),
+        read_tensors(folder / STATE),
+    )
+    with reading(folder):
+        fitted_for = (config["moyu"]["predictor"] or {}).get("ffn_sha256")
+        predictors, written = predictors_from_tensors(tensors), manifest["ffn_sha256"]
+    if fitted_for not in (None, written):
         raise MoyuError(
             f"{str(folder)!r}: the predictors are stale, they were fitted for other FFN weights; fit them on these "
             f"with `moyu fit-predictors --from {folder}`"
         )
-    return read_rules(folder), predictors_from_tensors(load_file(folder / STATE)) or None
+    return read_rules(folder), predictors or None

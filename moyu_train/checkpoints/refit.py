@@ -1,7 +1,6 @@
 """`moyu fit-predictors --from FOLDER`: a sparse checkpoint's predictors again, on the weights that it has now."""
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from moyu_kernels.checkpoint import MANIFEST, STATE
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from moyu_train import data, own_text
 from moyu_train.checkpoints.export import RECORDED, read_inputs, read_rules, read_weights, write_manifest
 from moyu_train.checkpoints.stage import CHECKPOINT, recorded
 from moyu_train.errors import MoyuError
-from moyu_train.files import write_json
+from moyu_train.files import read_json, read_tensors, write_json
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.masking import InputMasks
@@ -92,7 +91,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
     predictors, figures = calibrate_in_loop(
         model, rules, fitted, validation, settings, recipe.export.itemsize, inputs, work / "search.jsonl"
     )
-    tensors = {name: t for name, t in load_file(folder / STATE).items() if ".predictor." not in name}
+    tensors = {name: t for name, t in read_tensors(folder / STATE).items() if ".predictor." not in name}
     config = _config(folder)
     config["architectures"] = [f"Moyu{name}" for name in config["moyu"]["architectures"]]
     config["moyu"]["predictor"] = {"family": cls.form, "ffn_sha256": digest, **recorded(recipe, figures)}
@@ -112,7 +111,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     if "moyu" not in config:
         raise MoyuError(f"{str(folder / 'config.json')!r} has no block 'moyu' any more; export the checkpoint again")
     return config

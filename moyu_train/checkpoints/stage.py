@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moyu_train.checkpoints.card import write_card
 from moyu_train.checkpoints.export import RECORDED, export
 from moyu_train.checkpoints.verify import verify
 from moyu_train.files import check_writable
@@ -49,6 +50,8 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     inputs = input_rules(run, "finetune")
     weights = run.recipe.export.weights
     export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs, weights)
+    stock = bool(rules[0].stock_activation and not inputs and weights == "stored")
+    write_card(folder / CHECKPOINT, run.recipe, stock)
     ffn, in_dtype = (
         sum(ffn_bytes(block, size) for block in find_blocks(model))
         for size in (run.recipe.export.itemsize, dtype.itemsize)

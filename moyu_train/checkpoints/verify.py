@@ -1,6 +1,5 @@
 """Proves a sparse checkpoint: it reloads, computes what it should, and stock transformers refuses it loudly."""
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from torch import Tensor
 from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
+from moyu_train.files import read_json, reading
 from moyu_train.models.loading import load_dense
 
 TOLERANCE = 1e-4  # largest relative difference of logits in fp32
@@ -93,6 +93,7 @@ def stock_gap(folder: Path, ids: Tensor, logits: Tensor) -> tuple[float | None, 
 
 
 def marker_of(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = config if config["moyu"]["activation_field"] in config else config["text_config"]
-    return text[config["moyu"]["activation_field"]]
+    config = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        text = config if config["moyu"]["activation_field"] in config else config["text_config"]
+        return text[config["moyu"]["activation_field"]]

@@ -1,7 +1,6 @@
 """Rows of `moyu bench model`: whole models, a sparse checkpoint's or with random weights of a real model's sizes."""
 
 import copy
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from moyu_train.evaluation.bench import make_decoders, time_decoders
 from moyu_train.evaluation.bench_cases import random_predictor
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
+from moyu_train.files import read_json
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.int8 import int8_twin
 from moyu_train.recipe import Recipe
@@ -38,7 +38,7 @@ def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dic
     """A sparse checkpoint on held-out text, as it decodes."""
     load_average = os.getloadavg()[0]
     found = bench_folder(folder, recipe.model_copy(update={"bench": settings}))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     blocks = config["moyu"]["blocks"]
     described = {
         "dtype": "int8" if read_weights(folder) == "int8" else config["dtype"],

@@ -1,7 +1,6 @@
 """The evaluate stage of a recipe: perplexity of every variant on the same held-out documents."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.extras import Extra, extras
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.files import read_json, reading
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
@@ -150,9 +150,10 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
 
 
 def stored_dtype(checkpoint: Path) -> torch.dtype:
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    dtype: torch.dtype = getattr(torch, config["dtype"])
-    return dtype
+    config = read_json(checkpoint / "config.json")
+    with reading(checkpoint / "config.json"):
+        dtype: torch.dtype = getattr(torch, config["dtype"])
+        return dtype
 
 
 def weight_itemsize(checkpoint: Path) -> int:

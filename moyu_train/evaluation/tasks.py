@@ -59,6 +59,9 @@ def _manager(settings: Evaluate) -> tuple[Any, tuple[str, ...]]:
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every setting that it is given on purpose
     folder = settings.task_folder
+    for setting, path in settings.files:
+        if path.suffix in (".yaml", ".yml") and path.is_file() and b"!function" in path.read_bytes():
+            raise MoyuError(f"{setting}: {str(path)!r} calls Python code (!function); write the task without it")
     names = settings.tasks or tuple(TaskManager(include_path=folder, include_defaults=False).all_subtasks)
     if not names:
         raise MoyuError(f"evaluate.task_folder {folder!r} holds no task; give a folder of task YAML files")

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from moyu_kernels.reading import MALFORMED
 
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
@@ -73,6 +74,10 @@ def _convert_gguf(path: Path) -> Path:
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
+    except (*MALFORMED, RuntimeError) as error:
+        raise MoyuError(
+            f"model file {str(path)!r} could not be converted: {error}; give a GGUF file that is whole"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -82,8 +87,8 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception
         raise MoyuError(f"no tokenizer could be loaded from {str(path)!r}: {error}") from error
 
 
@@ -103,16 +108,18 @@ def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, descr
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except MALFORMED as error:
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
     rule = marked_rule(config)
     if rule:
         clear_marker(config)
     describe_blocks(config, described)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False).eval()
+    except (*MALFORMED, RuntimeError) as error:
+        if isinstance(error, MoyuError):
+            raise
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
     if rule:
         set_marker(model.config, rule)
@@ -127,13 +134,15 @@ def skeleton(path: str | Path, described: Described = ()) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if marked_rule(config):
             clear_marker(config)
         describe_blocks(config, described)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
+    except (*MALFORMED, RuntimeError) as error:
+        if isinstance(error, MoyuError):
+            raise
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moyu_train.errors import MoyuError
+from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.marker import set_marker
 from moyu_train.models.masking import Masking
@@ -228,12 +229,13 @@ class SparsityControl(TrainerCallback):
         save_file({**tensors, "density": self.density}, folder / f"{self.prefix}{STATE_FILE}")
 
     def load(self, folder: Path) -> None:
-        tensors = load_file(folder / f"{self.prefix}{STATE_FILE}")
-        self.density = tensors["density"]
-        self.sparsifier.thresholds = thresholds_from_tensors(tensors)
-        self.health.silent = [tensors[f"blocks.{i}.silent"] for i in range(len(self.blocks))]
-        if self.adaptive:
-            self.adaptive.load(tensors["coefficient"])
+        tensors = read_tensors(folder / f"{self.prefix}{STATE_FILE}")
+        with reading(folder):
+            self.density = tensors["density"]
+            self.sparsifier.thresholds = thresholds_from_tensors(tensors)
+            self.health.silent = [tensors[f"blocks.{i}.silent"] for i in range(len(self.blocks))]
+            if self.adaptive:
+                self.adaptive.load(tensors["coefficient"])
         if self.penalty is not None:
             state = {name.removeprefix(PENALTY): t for name, t in tensors.items() if name.startswith(PENALTY)}
             self.penalty.load(state)

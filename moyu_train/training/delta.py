@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
-from moyu_train.files import sha256, write_json
+from moyu_train.files import read_json, read_tensors, reading, sha256, write_json
 from moyu_train.models.state import thresholds_to_tensors
 
 PEFT_TYPE = "MOYU_LORA"
@@ -67,14 +67,19 @@ def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> t
     path = folder / MANIFEST
     if not path.is_file():
         raise MoyuError(f"delta {str(folder)!r} has no {MANIFEST}; give a folder `finetune/delta` of a finished run")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name, expected in manifest["files"].items():
-        file = folder / Path(name).name
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != {CONFIG, WEIGHTS, STATE}:
+        raise MoyuError(f"{path} lists {files!r} in place of {CONFIG}, {WEIGHTS} and {STATE}; copy the folder again")
+    if lacking := {"ffn_sha256", "trained", "tokens"} - set(manifest):
+        raise MoyuError(f"{path} lacks {', '.join(sorted(lacking))}; copy the folder `finetune/delta` again")
+    for name, expected in files.items():
+        file = folder / name
         if not file.is_file() or sha256(file) != expected:
             raise MoyuError(f"{file} is missing, or changed since the delta was written; copy the folder again")
     if manifest["ffn_sha256"] != ffn:
         raise MoyuError(
-            f"delta {str(folder)!r} belongs to other weights (FFN SHA-256 {manifest['ffn_sha256'][:12]}…, this "
+            f"delta {str(folder)!r} belongs to other weights (FFN SHA-256 {str(manifest['ffn_sha256'])[:12]}…, this "
             f"model has {ffn[:12]}…); set `model` to the one that it was trained on"
         )
     if manifest["trained"] != trained:
@@ -82,13 +87,17 @@ def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> t
             f"delta {str(folder)!r} was trained under {manifest['trained']}, and the recipe asks for {trained}; set "
             "sparsifier, target_sparsity and finetune.lora.quantise to the delta's"
         )
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config, state = read_json(folder / CONFIG), read_tensors(folder / STATE)
+    tensors = {name: tensor.float() for name, tensor in read_tensors(folder / WEIGHTS).items()}
     names = ("r", "lora_alpha", "target_modules")
-    adapted = get_peft_model(model, LoraConfig(**{name: config[name] for name in names}))
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
-    found: Any = set_peft_model_state_dict(adapted, tensors)
+    with reading(folder):
+        adapted = get_peft_model(model, LoraConfig(**{name: config[name] for name in names}))
+        try:
+            found: Any = set_peft_model_state_dict(adapted, tensors)
+        except RuntimeError as error:  # torch says so of shapes that do not fit
+            raise ValueError(str(error)) from error
     if found.unexpected_keys:
         raise MoyuError(
             f"{folder / WEIGHTS} holds matrices that the model has no place for: {found.unexpected_keys[:3]}"
         )
-    return adapted, load_file(folder / STATE), manifest["tokens"]
+    return adapted, state, manifest["tokens"]

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
-from moyu_train.files import write_json
+from moyu_train.files import read_json, reading, write_json
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import check_memory, skeleton
 from moyu_train.models.marker import marked_rule, set_marker
@@ -310,7 +310,8 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
             PartialState().wait_for_everyone()
             del model
             gc.collect()
-        tried[f"{rate:g}"] = json.loads(done.read_text())
+        with reading(done):
+            tried[f"{rate:g}"] = float(json.loads(done.read_text()))
     finite = {rate: value for rate, value in tried.items() if math.isfinite(value)}
     best = min(finite, key=lambda rate: finite[rate])
     for name in tried:
@@ -335,7 +336,7 @@ def _reuse_control(run: "Run") -> dict[str, Any]:
     alike = run.recipe.model_copy(update={"control": asked.model_copy(update={"reuse": ""})})
     key = run.key_of("control", alike)
     path = folder / "control" / "stage.json"
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = read_json(path) if path.is_file() else {}
     if record.get("key") != key:
         raise MoyuError(
             f"control.reuse {str(folder)!r} holds no finished control of the same model, text, training settings and "

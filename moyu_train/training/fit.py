@@ -7,10 +7,11 @@ import torch
 from accelerate import PartialState
 from moyu_kernels.rules import Rule
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
+from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
@@ -78,9 +79,9 @@ class PredictorTrainer:
     def _resume(self, path: Path) -> int:
         if not path.is_file():
             return 0
-        with safe_open(path, "pt") as file:
+        tensors = read_tensors(path)
+        with reading(path), safe_open(path, "pt") as file:
             done = int(file.metadata()["windows"])
-        tensors = load_file(path)
-        for i, predictor in enumerate(self.predictors):
-            predictor.load({name: tensors[f"{i}.{name}"] for name in predictor.state()})
+            for i, predictor in enumerate(self.predictors):
+                predictor.load({name: tensors[f"{i}.{name}"] for name in predictor.state()})
         return done

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from moyu_kernels.rules import Rule
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moyu_train.data import Documents
+from moyu_train.files import read_tensors
 from moyu_train.models.blocks import find_blocks, find_inputs
 from moyu_train.models.masking import Masking
 from moyu_train.recipe import Recipe
@@ -55,7 +56,7 @@ def input_rules(run: "Run", stage: str) -> dict[str, Rule]:
     """Rules by path as a stage, calibrate or finetune, left them; none without `inputs` in the recipe."""
     if not run.recipe.inputs:
         return {}
-    tensors = load_file(run.stage_folder(stage) / FILE)
+    tensors = read_tensors(run.stage_folder(stage) / FILE)
     return dict(zip(tensors, _sparsifier(run.recipe, list(tensors.values())).rules, strict=True))
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moyu_train.analysis.plots import calibration
 from moyu_train.errors import MoyuError
+from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
@@ -43,8 +44,9 @@ def write(folder: Path, thresholds: list[Tensor], predictors: list[dict[str, Ten
 
 
 def read(folder: Path) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    tensors = load_file(folder / STATE)
-    return thresholds_from_tensors(tensors), predictors_from_tensors(tensors)
+    tensors = read_tensors(folder / STATE)
+    with reading(folder / STATE):
+        return thresholds_from_tensors(tensors), predictors_from_tensors(tensors)
 
 
 def sparsifier_of(recipe: Recipe, thresholds: list[Tensor]) -> Any:

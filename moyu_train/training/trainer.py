@@ -14,7 +14,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moyu_train.errors import MoyuError
-from moyu_train.files import write_json
+from moyu_train.files import reading, write_json
 from moyu_train.training.anchor import BlockAnchor
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.health import where_not_finite
@@ -206,7 +206,8 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     complete = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (path / COMPLETE).is_file():
-            complete.append((json.loads((path / COMPLETE).read_text())["step"], path))
+            with reading(path / COMPLETE):
+                complete.append((int(json.loads((path / COMPLETE).read_text())["step"]), path))
         else:
             shutil.rmtree(path)
     return max(complete)[1] if complete else None
