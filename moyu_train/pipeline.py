@@ -61,7 +61,11 @@ STAGES = {
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
         Stage(
-            "control", "moyu_train.training.finetune:control", (), ("finetune", "control", "analyze.tokens"), "control"
+            "control",
+            "moyu_train.training.dense_control:control",
+            (),
+            ("finetune", "control", "analyze.tokens"),
+            "control",
         ),
         Stage(
             "finetune",

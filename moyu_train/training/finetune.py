@@ -1,8 +1,6 @@
 """The stages that train: finetune, under the masks, and control, without them."""
 
-import gc
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,8 +14,6 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.perplexity import score
-from moyu_train.files import read_json, reading, write_json
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import check_memory, skeleton
 from moyu_train.models.marker import marked_rule, set_marker
@@ -185,7 +181,8 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
     return found | ({"inputs": recipe.inputs.model_dump(mode="json")} if recipe.inputs else {})
 
 
-def _check_memory(run: "Run", parent: bool) -> None:
+def check_memory_of(run: "Run", parent: bool) -> None:
+    """Raises: MoyuError where a device has too little memory for the training, by its formula."""
     settings = run.recipe.finetune
     found = measure_sizes(skeleton(run.source, run.recipe.described), settings.lora)
     launcher, processes = launcher_of_this()
@@ -236,7 +233,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    _check_memory(run, parent=needs_parent(recipe))
+    check_memory_of(run, parent=needs_parent(recipe))
     model = run.dense()
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]
@@ -285,61 +282,3 @@ def _rebuild(
         quantise(adapted)
     merged, moved = merge(adapted, sparsity, training_windows(run, run.recipe.finetune)[0])
     return merged, tokens, moved
-
-
-def control(run: "Run", folder: Path) -> dict[str, Any]:
-    """The dense control: same data, order, tokens and optimizer, LM loss, no mask, best learning rate on validation."""
-    recipe, settings = run.recipe, run.recipe.finetune
-    assert recipe.control  # the pipeline runs this stage only with one
-    if recipe.control.reuse:
-        return _reuse_control(run)
-    _check_memory(run, parent=False)
-    tried: dict[str, float] = {}
-    for rate in recipe.control.learning_rates:
-        place = folder / f"lr-{rate:g}"
-        done = place / "validation.json"
-        if not done.is_file():
-            model = run.dense()
-            model, _, _ = train(run, place, settings, rate, None, model)
-            model.eval()
-            perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity
-            if PartialState().is_main_process:
-                model.save_pretrained(place / "model")
-                shutil.rmtree(place / "checkpoints", ignore_errors=True)
-                write_json(done, perplexity)
-            PartialState().wait_for_everyone()
-            del model
-            gc.collect()
-        with reading(done):
-            tried[f"{rate:g}"] = float(json.loads(done.read_text()))
-    finite = {rate: value for rate, value in tried.items() if math.isfinite(value)}
-    best = min(finite, key=lambda rate: finite[rate])
-    for name in tried:
-        if name != best:
-            shutil.rmtree(folder / f"lr-{name}" / "model", ignore_errors=True)
-    return {
-        "validation_perplexity": tried,
-        "best_learning_rate": best,
-        "model": f"lr-{best}/model",
-        "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step,
-    }
-
-
-def _reuse_control(run: "Run") -> dict[str, Any]:
-    """Another run's control, where text, model, training settings and learning rates are the same.
-
-    Raises: MoyuError where it is not finished or belongs to other settings.
-    """
-    asked = run.recipe.control
-    assert asked
-    folder = Path(asked.reuse)
-    alike = run.recipe.model_copy(update={"control": asked.model_copy(update={"reuse": ""})})
-    key = run.key_of("control", alike)
-    path = folder / "control" / "stage.json"
-    record = read_json(path) if path.is_file() else {}
-    if record.get("key") != key:
-        raise MoyuError(
-            f"control.reuse {str(folder)!r} holds no finished control of the same model, text, training settings and "
-            "learning rates; run `moyu control` there with them, or leave control.reuse empty"
-        )
-    return {**record["figures"], "model": str((folder / "control" / record["figures"]["model"]).resolve())}

@@ -194,7 +194,8 @@ def training_memory(
     parts = model_bytes(found, launcher, n, settings)
     parts["parent"] = parent * (HALF if half else FULL)
     parts["activations"], again = activation_bytes(found, tokens, half, checkpointing)
-    parts["logits"] = logit_bytes(found, tokens, half, parent > 0)
+    shared = settings.parent == SHARED and settings.kl_weight > 0
+    parts["logits"] = logit_bytes(found, tokens, half, parent > 0 or shared)
     peak = sum(parts.values()) + max(again - parts["logits"], 0)
     if launcher == "single" and settings.accumulation == 1:
         peak -= min(parts["gradients"], parts["activations"] + max(parts["logits"], again))
