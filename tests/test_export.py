@@ -8,7 +8,7 @@ import moyu_kernels
 import pytest
 import torch
 from moyu_kernels.checkpoint import CheckpointError
-from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_rows
+from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, tiny_model, tokenizer
@@ -137,8 +137,8 @@ def test_int8_weights_are_what_everything_reads(tmp_path: Path) -> None:
         again.state_dict()[name], stored[name], rtol=0, atol=stored[name].abs().max().item() / 254
     )
     down = "model.layers.0.mlp.down_proj.weight"  # a row is a neuron's: scales of the stock matrix's columns
-    codes, scale = quantise_rows(stored[down].T)
-    assert torch.equal(again.state_dict()[down], dequantise_rows(codes, scale, torch.float32).T)
+    codes, scale, columns = quantise_down(stored[down].T)
+    assert torch.equal(again.state_dict()[down], dequantise_rows(codes, scale, torch.float32, columns).T)
     again.save_pretrained(tmp_path / "resaved")  # plain weights from now on, not rounded once more
     assert torch.equal(load_dense(tmp_path / "resaved").state_dict()[down], again.state_dict()[down])
     int8, plain = (
@@ -170,7 +170,7 @@ def test_bytes_skipped_of_int8_are_of_int8() -> None:
     ones = torch.ones(1, dtype=torch.float64)
     counts = Counts.zeros(1)
     counts.selected_rows, counts.kept_rows, counts.steps = selected * ones, kept * ones, tokens * ones
-    row, scales, thresholds = 128, 3 * 4 * 96, 4 * 96  # 32 bytes touch up to two lines
+    row, scales, thresholds = 128, 4 * (3 * 96 + 32), 4 * 96  # 32 bytes touch up to two lines
     read = row * (96 + 48 + 24) + scales + thresholds
     assert bytes_skipped([block], counts, None, 1) == pytest.approx(1 - read / (3 * 96 * 32 + scales))
 

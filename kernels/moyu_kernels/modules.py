@@ -98,6 +98,7 @@ class SparseGatedFFN(SparseModule):
     threshold: Tensor
     no_threshold: Tensor
     scales: Tensor | None
+    columns: Tensor | None
 
     def __init__(
         self,
@@ -117,7 +118,8 @@ class SparseGatedFFN(SparseModule):
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
         device = gate.weight.device
-        self.register_buffer("scales", None, persistent=False)
+        for name in ("scales", "columns"):
+            self.register_buffer(name, None, persistent=False)
         self._store(projections)
         self.register_buffer("threshold", threshold.to(device), persistent=False)
         self.register_buffer("no_threshold", torch.zeros_like(self.threshold), persistent=False)
@@ -197,7 +199,8 @@ class SparseGatedFFN(SparseModule):
             return self._down(a)
         predictor = self.predictor if self.mode == "predicted" else []
         x_rows = x.reshape(rows, self.hidden)
-        y, counts = self._run(x_rows, *self.weights, threshold, self.act, predictor, rule, self.keep, self.scales)
+        int8 = (self.scales, self.columns)
+        y, counts = self._run(x_rows, *self.weights, threshold, self.act, predictor, rule, self.keep, *int8)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)

@@ -8,13 +8,14 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .modules import SparseGatedFFN
-from .ops.ffn.int8 import dequantise_rows, quantise_rows
+from .ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 
 PART = 2**22  # weights that prefill widens at a time, so that no second copy of a matrix is kept
 
 
 class Int8GatedFFN(SparseGatedFFN):
-    """`SparseGatedFFN` on the projections' weights rounded to int8, with one fp32 scale a row (`quantise_rows`).
+    """`SparseGatedFFN` on the projections' weights rounded to int8, with one fp32 scale a row, and one a column of down
+    (`quantise_rows`, `quantise_down`).
 
     The op takes the rows as they are; prefill widens them in parts to x's dtype. The projections are let go. The state
     dict is the stock one and holds what the rows stand for, in the projections' dtype.
@@ -23,6 +24,7 @@ class Int8GatedFFN(SparseGatedFFN):
     """
 
     scales: Tensor
+    columns: Tensor
     gate_codes: Tensor
     up_codes: Tensor
     down_codes: Tensor
@@ -30,14 +32,15 @@ class Int8GatedFFN(SparseGatedFFN):
     def _store(self, projections: dict[str, nn.Linear]) -> None:
         gate, up, down = (projection.weight.detach() for projection in projections.values())
         self._dtype = gate.dtype
-        rows = [quantise_rows(weight) for weight in (gate, up, down.t())]
+        *down_rows, self.columns = quantise_down(down.t())
+        rows = [quantise_rows(gate), quantise_rows(up), down_rows]
         for part, (codes, _) in zip(("gate", "up", "down"), rows, strict=True):
             self.register_buffer(f"{part}_codes", codes.contiguous(), persistent=False)
         self.scales = torch.stack([scale for _, scale in rows])
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of gate, up and down, each contiguous int8 `[F, D]`; their scales are `scales` fp32 `[3, F]`."""
+        """Codes of gate, up and down, each contiguous int8 `[F, D]`; `scales` are fp32 `[3, F]`, `columns` `[D]`."""
         return self.gate_codes, self.up_codes, self.down_codes
 
     def set_mode(self, mode: str, backend: str | None = None) -> "Int8GatedFFN":
@@ -56,8 +59,9 @@ class Int8GatedFFN(SparseGatedFFN):
         return gate, up
 
     def _down(self, a: Tensor) -> Tensor:
-        columns = self.down_codes.split(max(PART // self.neurons, 1), dim=1)
-        widened = (dequantise_rows(codes, self.scales[2], a.dtype) for codes in columns)
+        count = max(PART // self.neurons, 1)
+        parts = zip(self.down_codes.split(count, dim=1), self.columns.split(count), strict=True)
+        widened = (dequantise_rows(codes, self.scales[2], a.dtype, columns) for codes, columns in parts)
         return torch.cat([functional.linear(a, rows.t()) for rows in widened], dim=-1)
 
     def _parts(self, codes: Tensor, which: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -67,7 +71,8 @@ class Int8GatedFFN(SparseGatedFFN):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         gate, up, down = (
-            dequantise_rows(codes, scale, self._dtype) for codes, scale in zip(self.weights, self.scales, strict=True)
+            dequantise_rows(codes, scale, self._dtype, columns)
+            for codes, scale, columns in zip(self.weights, self.scales, (None, None, self.columns), strict=True)
         )
         for name, weight in zip(self._names, (gate, up, down.t().contiguous()), strict=True):
             destination[f"{prefix}{name}.weight"] = weight

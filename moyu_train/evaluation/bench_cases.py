@@ -49,14 +49,14 @@ def cache_bytes() -> int:
 
 
 class Weights:
-    """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`, in int8 with `scales` `[3, F]`.
+    """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`, in int8 with their scales.
 
     Raises: MoyuError where the memory does not hold as many as it takes.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         d, f = shape.hidden, shape.neurons
-        self.bytes = 3 * f * d * dtype.itemsize + (4 * 3 * f if dtype == torch.int8 else 0)
+        self.bytes = 3 * f * d * dtype.itemsize + (4 * (3 * f + d) if dtype == torch.int8 else 0)
         count = -(-COLD * cache_bytes() // self.bytes)
         self.count = count + (count % INPUTS == 0)
         need, free = self.count * self.bytes + 2**31, psutil.virtual_memory().available
@@ -66,10 +66,11 @@ class Weights:
                 f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB; close other programs"
             )
         generator = torch.Generator().manual_seed(0)
-        first, self.scales = torch.randn(3, f, d, generator=generator) / d**0.5, None
+        first, self.scales, self.columns = torch.randn(3, f, d, generator=generator) / d**0.5, None, None
         if dtype == torch.int8:
             rows = [quantise_rows(matrix) for matrix in first]
             first, self.scales = torch.stack([codes for codes, _ in rows]), torch.stack([scale for _, scale in rows])
+            self.columns = torch.ones(d)
         self.copies = torch.empty(self.count, 3, f, d, dtype=dtype)
         self.copies[:] = first.to(dtype)
         factors = (1.0, 1.0) if self.scales is None else self.scales[:2, :, None]
@@ -115,7 +116,7 @@ class Case:
 
         def our_ffn(copy: int, i: int) -> Any:
             return torch.ops.moyu.gated_ffn.default(
-                self.calls[i], *self.weights[copy], zero, "silu", [], "threshold", 0, scales
+                self.calls[i], *self.weights[copy], zero, "silu", [], "threshold", 0, scales, self.weights.columns
             )
 
         moved = [float(self.weights.bytes)] * INPUTS
@@ -183,13 +184,13 @@ class Case:
         union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
         selected = union if predictor or rule == "gate_threshold" else torch.full_like(union, self.f)
         gates = union if predictor else torch.full_like(union, self.f)
-        scales = self.weights.scales
-        read_whole = (threshold, *predictor, *(() if scales is None else (scales,)))
+        int8 = (self.weights.scales, self.weights.columns)
+        read_whole = (t for t in (threshold, *predictor, *int8) if t is not None)
         constant = sum(t.numel() * t.element_size() for t in read_whole)
 
         def call(copy: int, i: int) -> Any:
             return torch.ops.moyu.gated_ffn.default(
-                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, scales
+                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, *int8
             )
 
         moved = (self.row * (gates + selected + union).double() + constant).tolist()

@@ -209,16 +209,16 @@ def _nothing_found(model: nn.Module, near: list[str]) -> str:
 def ffn_bytes(block: FFNBlock, itemsize: int) -> int:
     """Bytes of one block's weights in a storage format of `itemsize` bytes, dense; one expert's for experts.
 
-    itemsize: 1 is int8, where the fp32 scales of the rows count too.
+    itemsize: 1 is int8, where the fp32 scales of the rows, and of down's columns, count too.
     """
     matrices = 2 if block.layout == "plain" else 3
     return matrices * block.hidden * block.neurons * itemsize + scale_bytes(block, itemsize)
 
 
 def scale_bytes(block: FFNBlock, itemsize: int) -> int:
-    """Bytes of the fp32 scales of all rows, which int8 weights have."""
+    """Bytes of the fp32 scales of all rows, and of down's columns, which int8 weights have."""
     matrices = 2 if block.layout == "plain" else 3
-    return 4 * matrices * block.neurons if itemsize == 1 else 0
+    return 4 * (matrices * block.neurons + block.hidden) if itemsize == 1 else 0
 
 
 def device_of(model: nn.Module) -> torch.device:

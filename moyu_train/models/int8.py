@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import torch
 from moyu_kernels.loading import ACTIVATIONS
-from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_rows
+from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 from moyu_kernels.quantised import Int8GatedFFN
 from torch import nn
 
@@ -15,14 +15,16 @@ from moyu_train.models.marker import base_activation
 
 @torch.no_grad()
 def round_ffn(model: Any) -> Any:
-    """Put what int8 rows stand for, `codes * scale`, in place of the FFN weights of a model with gated blocks.
+    """Put what int8 rows stand for in place of the FFN weights of a model with gated blocks.
 
     A row belongs to a neuron, so `down` is rounded by its columns. Returns: the model.
     """
     for block in find_blocks(model):
         gate, up, down = block.weights()
-        for rows in (gate, up, down.T):
+        for rows in (gate, up):
             rows.copy_(dequantise_rows(*quantise_rows(rows), rows.dtype))
+        codes, scale, columns = quantise_down(down.T)
+        down.T.copy_(dequantise_rows(codes, scale, down.dtype, columns))
     return model
 
 

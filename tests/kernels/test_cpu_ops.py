@@ -277,7 +277,7 @@ from moyu_kernels.ops.cpu import build
 build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
 import test_gate_rules as gates
-import test_int8 as int8
+import test_int8_op as int8
 import test_topk as topk
 assert tests.cpu.load()
 for dtype in tests.DTYPES:

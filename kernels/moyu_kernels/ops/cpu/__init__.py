@@ -22,7 +22,7 @@ MAX_ROWS = 8
 _library = torch.library.Library("moyu", "FRAGMENT")
 _library.define(
     "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
-    " str rule='threshold', int keep=0, Tensor? scales=None) -> (Tensor, Tensor)"
+    " str rule='threshold', int keep=0, Tensor? scales=None, Tensor? columns=None) -> (Tensor, Tensor)"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scales=None) -> Tensor")
@@ -43,6 +43,7 @@ def _(
     rule: str = "threshold",
     keep: int = 0,
     scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
@@ -110,6 +111,7 @@ def gated_ffn(
     rule: str = "threshold",
     keep: int = 0,
     scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
 
@@ -120,7 +122,8 @@ def gated_ffn(
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.gated_ffn.default(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
+    op = torch.ops.moyu.gated_ffn.default
+    return op(x, gate, up, down, threshold, act, predictor, rule, keep, scales, columns)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

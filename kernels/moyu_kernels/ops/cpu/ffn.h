@@ -78,10 +78,11 @@ struct Ffn {
   }
 };
 
-// x and y of type X on weights of type W. scales: [3, neurons], of the rows of gate, up and down, where W is int8.
+// x and y of type X on weights of type W. Where W is int8, scales: [3, neurons], of the rows of gate, up and down;
+// columns: [d], of down's.
 template <class X, class W>
 void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const float* scales,
-             const Tensor& threshold, Act act, const std::vector<Tensor>& predictor, Rule rule, int64_t keep, Tensor& y,
+             const float* columns, const Tensor& threshold, Act act, const std::vector<Tensor>& predictor, Rule rule, int64_t keep, Tensor& y,
              Tensor& counts) {
   const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
   const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6;
@@ -166,8 +167,9 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
   std::fill(total, total + rows * 2, 0);
   for (int64_t i = 0; i < ranges * rows * 2; ++i) total[i % (rows * 2)] += tally[i];
   const auto used = [&](int64_t range, int64_t n) { return tally[(range * rows + n) * 2 + 1] > 0; };
-  add_partials<W>(partial, ranges, rows, stride, d, used,
-                  [&](int64_t n, int64_t i, float sum) { out[n * d + i] = static_cast<X>(sum); });
+  add_partials<W>(partial, ranges, rows, stride, d, used, [&](int64_t n, int64_t i, float sum) {
+    out[n * d + i] = static_cast<X>(columns ? sum * columns[i] : sum);
+  });
 }
 
 }  // namespace moyu

@@ -39,7 +39,8 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
 
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
                                      const Tensor& threshold, std::string act, const std::vector<Tensor>& predictor,
-                                     std::string rule, int64_t keep, std::optional<Tensor> scales) {
+                                     std::string rule, int64_t keep, std::optional<Tensor> scales,
+                                     std::optional<Tensor> columns) {
   const char* op = "gated_ffn";
   check_input(op, x);
   REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
@@ -51,9 +52,11 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
           "' needs the gates of all neurons, so a predictor has none to skip; pass []");
   REQUIRE(kept_by != Rule::topk || (keep >= 1 && keep <= neurons), op, ": keep is ", keep,
           ", rule 'topk' takes 1 to F = ", neurons);
-  REQUIRE(scales || gate.scalar_type() != ScalarType::Char, op,
-          ": gate is int8 and scales are missing; pass those of the rows of gate, up and down, float32 [3, F]");
+  REQUIRE(scales.has_value() == columns.has_value() && (scales || gate.scalar_type() != ScalarType::Char), op,
+          ": int8 weights go with scales [3, F], of the rows of gate, up and down, and columns [D], of down's; pass both, "
+          "or weights of x's dtype and none");
   if (scales) check(op, "scales", *scales, {3, neurons}, ScalarType::Float);
+  if (columns) check(op, "columns", *columns, {d}, ScalarType::Float);
   const ScalarType stored = scales ? ScalarType::Char : dtype;
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
@@ -65,8 +68,9 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check_predictor(op, predictor, d, neurons);
     using X = decltype(type);
     const float* scale = scales ? data<const float>(*scales) : nullptr;
+    const float* column = columns ? data<const float>(*columns) : nullptr;
     const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
-    run(x, gate, up, down, scale, threshold, activation, predictor, kept_by, keep, y, counts);
+    run(x, gate, up, down, scale, column, threshold, activation, predictor, kept_by, keep, y, counts);
   });
   return {y, counts};
 }

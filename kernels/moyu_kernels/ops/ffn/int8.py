@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 TOP = 127  # -128 is not used
+MOST = 64.0  # of a column's factor
 
 
 def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,6 +22,21 @@ def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / inverse[:, None]).round_().clamp_(-TOP, TOP).to(torch.int8), scale
 
 
-def dequantise_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rows stand for: `codes * scale`, computed in fp32; codes `[F, D]`, scale `[F]`."""
-    return (codes.float() * scale[:, None]).to(dtype)
+def quantise_down(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantise_rows` of down's rows `[F, D]` over a factor for each column, and these factors fp32 `[D]`.
+
+    A few neurons write one large value into an outlier of the residual stream, on the first token of a sequence above
+    all. Its weight would set the scale of the whole row, and their large activations would write the rounding error of
+    all others. A column's factor is the largest `abs(weight) / rms(row)` in it over the median column's, 1 to 64.
+    """
+    wide = weight.float()
+    rms = wide.square().mean(-1, keepdim=True).sqrt()
+    peaks = (wide.abs() / torch.where(rms > 0, rms, 1.0)).amax(0)
+    columns = (peaks / peaks.median().clamp_min(1e-3)).clamp(1.0, MOST)
+    return *quantise_rows(wide / columns), columns
+
+
+def dequantise_rows(codes: Tensor, scale: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> Tensor:
+    """What rows stand for: `codes * scale * columns`, computed in fp32; codes `[F, D]`, scale `[F]`, columns `[D]`."""
+    rows = codes.float() * scale[:, None]
+    return (rows if columns is None else rows * columns).to(dtype)

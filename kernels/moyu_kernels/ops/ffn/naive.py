@@ -222,6 +222,7 @@ def gated_ffn(
     rule: str = "threshold",
     keep: int = 0,
     scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = a @ down` with `a = act(x @ gate.T) * (x @ up.T)`, set to zero where it is not kept.
 
@@ -229,10 +230,11 @@ def gated_ffn(
     largest of its row (all that are as large as the last of them). The other rules put something else in place of
     `act(g)` (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is
     given, only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the
-    dtype of the weights is fp32; the output is cast back to the dtype of `x`. With `scales` the weights are int8, and
-    a row stands for its codes times its scale: `g = (x @ gate.T) * scales[0]`, u alike, `y = (a * scales[2]) @ down`.
+    dtype of the weights is fp32; the output is cast back to the dtype of `x`. With `scales` the weights are int8,
+    and a row stands for its codes times its scale, one of down also times `columns`: `g = (x @ gate.T) * scales[0]`, u
+    alike, `y = ((a * scales[2]) @ down) * columns`.
 
-    Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype, or int8 beside scales `[3, F]` fp32, of their rows;
+    Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype, or int8 beside scales `[3, F]` and columns `[D]` fp32;
         threshold `[F]` fp32 (0 keeps all);
         act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`;
         keep 1 to F under "topk".
@@ -240,8 +242,8 @@ def gated_ffn(
         (by the predictor; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
     Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, a `keep` out of range, or int8 without scales.
     """
-    if (scales is None) == (gate.dtype == torch.int8):
-        raise ValueError(f"gate is {gate.dtype}: int8 weights go with scales [3, F], and no others do")
+    if {scales is None, columns is None} != {gate.dtype != torch.int8}:
+        raise ValueError(f"gate is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do")
     if predictor and rule in WHOLE_ROW:
         raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
     if rule == "topk" and not 1 <= keep <= len(gate):
@@ -256,6 +258,6 @@ def gated_ffn(
         selected = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold)) > 0
         kept = kept & selected
     a = torch.where(kept, a, 0.0)
-    y = (a if scales is None else a * scales[2]) @ down.float()
+    y = a @ down.float() if scales is None or columns is None else (a * scales[2]) @ down.float() * columns
     counts = torch.stack([selected.sum(-1), kept.sum(-1)], dim=-1).to(torch.int32)
     return y.to(x.dtype), counts

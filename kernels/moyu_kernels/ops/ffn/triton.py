@@ -173,6 +173,7 @@ def gated_ffn(
     rule: str = "threshold",
     keep: int = 0,
     scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, or 3 with a predictor.
 
@@ -204,6 +205,7 @@ def _(
     rule: str = "threshold",
     keep: int = 0,
     scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, gate, up, down, threshold, act, predictor, rule, scales)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

@@ -10,7 +10,7 @@ from moyu_kernels import SparseGatedFFN, from_pretrained
 from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
-from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_rows
+from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 from moyu_kernels.quantised import Int8GatedFFN
 from moyu_kernels.runner import Runner
 from predictors import KINDS, random_predictor
@@ -27,9 +27,10 @@ SIZES = (ODD, (64, 128, 16), (3, 5, 1), (160, 300, 40))
 def in_int8(arguments: list) -> list:
     """The same arguments of gated_ffn with their weights rounded to int8."""
     x, gate, up, down, *rest = arguments
-    rows = [quantise_rows(weight) for weight in (gate, up, down)]
+    *down_rows, columns = quantise_down(down)
+    rows = [quantise_rows(gate), quantise_rows(up), down_rows]
     rest += ["threshold", 0][len(rest) - 3 :]
-    return [x, *(codes for codes, _ in rows), *rest, torch.stack([scale for _, scale in rows])]
+    return [x, *(codes for codes, _ in rows), *rest, torch.stack([scale for _, scale in rows]), columns]
 
 
 def cases(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int] = ODD) -> Iterator[list]:
@@ -58,6 +59,24 @@ def test_rounding() -> None:
         quantise_rows(torch.tensor([[1.0, 2.0, 3.0], [1.0, float("inf"), 0.0]]))
 
 
+def test_a_large_weight_of_one_row_does_not_coarsen_its_others() -> None:
+    """As the neurons have that write an outlier of the residual stream."""
+    weight = torch.randn(200, 64)
+    weight[3, 5] = 60.0
+    weight[9] = 0
+    codes, scale, columns = quantise_down(weight)
+    assert columns.argmax() == 5
+    assert (columns >= 1).all()
+    assert columns.median() < 1.2
+    error = (dequantise_rows(codes, scale, torch.float32, columns) - weight)[3].square().mean().sqrt()
+    plain = (dequantise_rows(*quantise_rows(weight), torch.float32) - weight)[3].square().mean().sqrt()
+    assert error < plain / 3
+    zeros = quantise_down(torch.zeros(4, 8))
+    assert not dequantise_rows(*zeros[:2], torch.float32, zeros[2]).any()
+    with pytest.raises(ValueError, match="not finite"):
+        quantise_down(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_equals_naive(rows: int, dtype: torch.dtype) -> None:
@@ -73,10 +92,9 @@ def test_equals_naive(rows: int, dtype: torch.dtype) -> None:
 
 def test_naive_is_the_op_on_what_the_rows_stand_for() -> None:
     for arguments in cases(3, torch.float32):
-        *plain, scales = arguments
-        plain[1:4] = (
-            dequantise_rows(codes, scale, torch.float32) for codes, scale in zip(plain[1:4], scales, strict=True)
-        )
+        *plain, scales, columns = arguments
+        rows = zip(plain[1:4], scales, (None, None, columns), strict=True)
+        plain[1:4] = (dequantise_rows(codes, scale, torch.float32, factors) for codes, scale, factors in rows)
         found, expected = naive.gated_ffn(*arguments), naive.gated_ffn(*plain)
         assert (found[1] - expected[1]).abs().sum() <= 1
         if torch.equal(found[1], expected[1]):
@@ -103,7 +121,7 @@ def test_rows_that_are_not_needed_are_not_read() -> None:
     """Other codes there, which would be another result, and other counts in gate and up."""
     for kind in KINDS:
         arguments = in_int8(ffn_arguments(3, torch.bfloat16, family=kind))
-        x, gate, up, down, _, act, predictor, *_, scales = arguments
+        x, gate, up, down, _, act, predictor, *_, scales, _ = arguments
         expected = cpu.gated_ffn(*arguments)
         selected = (naive.predictor_scores(x, predictor, naive.ACTIVATIONS[act]) > 0).any(0)
         assert (~selected).sum() > 0
@@ -160,25 +178,26 @@ def test_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.moyu.gated_ffn.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
-    x, codes, *_, scales = next(cases(2, torch.bfloat16))
+    x, codes, *_, scales, _ = next(cases(2, torch.bfloat16))
     torch.library.opcheck(torch.ops.moyu.linear.default, (x, codes, None, scales[0]))
     torch.library.opcheck(torch.ops.moyu.linears.default, (x, [codes, codes], [], scales[:2].flatten()))
 
 
 def test_bad_arguments_are_refused() -> None:
-    x, gate, up, down, threshold, act, predictor, rule, keep, scales = in_int8(
-        [*ffn_arguments(1, torch.float32)[:6], []]
-    )
-    rest = (threshold, act, predictor, rule, keep)
+    x, gate, up, down, *rest, scales, columns = in_int8([*ffn_arguments(1, torch.float32)[:6], []])
     for weights, given, message in (
-        ((gate, up, down), None, r"gate is int8 and scales are missing; pass those .* \[3, F\]"),
+        ((gate, up, down), None, r"int8 weights go with scales \[3, F\].* and columns \[D\].*; pass both"),
         ((gate.float(), up, down), scales, "gate is float32, expected int8"),
         ((gate, up, down.float()), scales, "down is float32, expected int8"),
         ((gate, up, down), scales[:2], r"scales has shape \[2, 193\], expected \[3, 193\]"),
         ((gate, up, down), scales.half(), "scales is float16, expected float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cpu.gated_ffn(x, *weights, *rest, given)
+            cpu.gated_ffn(x, *weights, *rest, given, None if given is None else columns)
+    with pytest.raises(RuntimeError, match="int8 weights go with scales"):
+        cpu.gated_ffn(x, gate, up, down, *rest, scales)
+    with pytest.raises(RuntimeError, match=r"columns has shape \[64\], expected \[65\]"):
+        cpu.gated_ffn(x, gate, up, down, *rest, scales, columns[1:])
     with pytest.raises(ValueError, match=r"gate is torch\.int8: int8 weights go with scales"):
         naive.gated_ffn(x, gate, up, down, *rest)
     with pytest.raises(RuntimeError, match="weight is int8, expected float32"):
@@ -208,7 +227,8 @@ def rounded(stock: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     result = projections(stock["gate_proj"].weight.dtype)
     for name, projection in stock.items():
         rows = projection.weight.T if name == "down_proj" else projection.weight
-        values = dequantise_rows(*quantise_rows(rows), rows.dtype)
+        codes, scale, *columns = quantise_down(rows) if name == "down_proj" else quantise_rows(rows)
+        values = dequantise_rows(codes, scale, rows.dtype, *columns)
         result[name].weight.copy_(values.T if name == "down_proj" else values)
     return result
 
@@ -257,8 +277,8 @@ def test_loading(checkpoint: Factory, tmp_path: Path) -> None:
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()
     name = "model.layers.1.mlp.down_proj.weight"
-    rows = dequantise_rows(*quantise_rows(before[name].T), torch.bfloat16)
-    assert torch.equal(after[name], rows.T)
+    codes, scale, columns = quantise_down(before[name].T)
+    assert torch.equal(after[name], dequantise_rows(codes, scale, torch.bfloat16, columns).T)
     assert torch.equal(before["model.norm.weight"], after["model.norm.weight"])
     with pytest.raises(CheckpointError, match="weights 'int4' are unknown; known: stored, int8"):
         from_pretrained(folder, weights="int4")
@@ -292,7 +312,7 @@ def test_a_block_without_an_op_cannot_have_int8_weights(checkpoint: Factory) -> 
 def test_thresholds_of_the_block_at_their_cut() -> None:
     """A cut that moves with the scale would keep other neurons."""
     arguments = in_int8([*ffn_arguments(4, torch.float32)[:6], []])
-    *_, scales = arguments
+    *_, scales, _ = arguments
     x, gate, up = arguments[:3]
     a = naive.ACTIVATIONS["silu"](x @ gate.float().T * scales[0]) * (x @ up.float().T * scales[1])
     arguments[4] = torch.full((ODD[1],), cut(a.abs(), 0.7))
