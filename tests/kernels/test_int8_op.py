@@ -70,7 +70,7 @@ def test_a_large_weight_of_one_row_does_not_coarsen_its_others() -> None:
     assert columns.median() < 1.2
     error = (dequantise_rows(codes, scale, torch.float32, columns) - weight)[3].square().mean().sqrt()
     plain = (dequantise_rows(*quantise_rows(weight), torch.float32) - weight)[3].square().mean().sqrt()
-    assert error < plain / 3
+    assert error < plain / 2
     zeros = quantise_down(torch.zeros(4, 8))
     assert not dequantise_rows(*zeros[:2], torch.float32, zeros[2]).any()
     with pytest.raises(ValueError, match="not finite"):
