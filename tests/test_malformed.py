@@ -27,12 +27,12 @@ from moyu_train.checkpoints.verify import marker_of
 from moyu_train.cli import main
 from moyu_train.data import read_texts
 from moyu_train.errors import MoyuError, is_told
-from moyu_train.evaluation.stage import model_itemsize
+from moyu_train.evaluation.stage import weight_itemsize
 from moyu_train.evaluation.tasks import find_tasks
 from moyu_train.files import read_json, read_tensors, sha256, write_json
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
 from moyu_train.recipe import RecipeError, load_recipe
-from moyu_train.settings import Evaluate
+from moyu_train.settings_export import Evaluate
 from moyu_train.training import stages
 from moyu_train.training.delta import load_delta
 from moyu_train.training.trainer import last_complete_checkpoint
@@ -127,7 +127,7 @@ def test_json_readers(tmp_path: Path, content: bytes) -> None:
         lambda: read_json_of_kernels(tmp_path / "config.json"),
         lambda: row(tmp_path),
         lambda: marker_of(tmp_path),
-        lambda: model_itemsize(tmp_path),
+        lambda: weight_itemsize(tmp_path),
         lambda: load_delta(None, "", {}, tmp_path),
         lambda: last_complete_checkpoint(tmp_path),
         lambda: skeleton(tmp_path),

@@ -156,7 +156,7 @@ def test_kernels_decode_what_the_masks_compute(tmp_path: Path, name: str) -> Non
     skipped = 1 - (128 * rows + len(masks.blocks) * 96 * 4) / (len(masks.blocks) * 3 * 96 * 128)
     assert bytes_skipped(masks.blocks, masks.counts, None, 4) == pytest.approx(skipped)
     assert skipped > (0.15 if name.startswith(("threshold", "topk")) else 0.25)
-    read, dense = ffn_read(found, masks.blocks, 4)
+    read, dense = ffn_read(found, masks.blocks)
     assert 1 - read / dense == pytest.approx(skipped)
 
 

@@ -80,6 +80,9 @@ def train(
 
     Returns: the model, whole and with deltas merged; the log lines; the engine that ran, and what merging changed.
     """
+    distils = (settings.kl_weight or settings.block_weight) and sparsity
+    # Before TrainingArguments: from then on ZeRO-3 cuts up every model that is loaded.
+    parent: Any = run.parent() if distils and settings.parent != SHARED else None
     penalty = run.recipe.penalty if sparsity else None
     processes = PartialState().num_processes
     steps = settings.tokens // (settings.tokens_per_step * processes)
@@ -113,10 +116,8 @@ def train(
     windows = training_windows(run, settings)
     ffn = ffn_sha256(model) if settings.lora else ""
     adapted = adapt(model, settings.lora) if settings.lora else model
-    parent: Any = None
-    if (settings.kl_weight or settings.block_weight) and sparsity:
-        shared = settings.parent == SHARED
-        parent = SharedParent(adapted, [c for c in (sparsity, inputs) if c]) if shared else run.parent()
+    if distils and settings.parent == SHARED:
+        parent = SharedParent(adapted, [control for control in (sparsity, inputs) if control])
     coefficients: Callable[[float], float] | None = None
     if penalty:
         adaptive = sparsity.adaptive if sparsity else None
