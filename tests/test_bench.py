@@ -109,6 +109,41 @@ def test_the_timed_calls_skip_what_the_rows_say() -> None:
     torch.testing.assert_close(y, expected)
 
 
+def test_int8_cases() -> None:
+    """Rows of 64 bytes, all scales read; the dense rivals compute the same on them."""
+    assert bench_ops.cpu.load()
+    x = torch.randn(bench_cases.INPUTS * 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weights = bench_cases.Weights(TINY, torch.int8)
+    scales = 4 * (3 * 192 + 64)
+    assert weights.bytes == 3 * 64 * 192 + scales
+    case = bench_cases.Case(weights, x, 0.2, (1,))
+    for setting in case.sparse():
+        counts = torch.cat([setting.call(weights.count - 1, i)[1] for i in range(bench_cases.INPUTS)])
+        assert (counts[:, 1] / 192).mean() == pytest.approx(setting.density, abs=5e-3)
+        if setting.op == "ffn_threshold":
+            moved = sum(setting.moved) / bench_cases.INPUTS
+            assert moved == pytest.approx(64 * 192 * (2 + setting.union) + 4 * 192 + scales)
+    torch_dense, our_linears, our_ffn = (setting.call(0, 0) for setting in case.dense())
+    torch.testing.assert_close(torch_dense, our_linears, rtol=5e-2, atol=5e-2)
+    int8 = (weights.scales, weights.columns)
+    expected, _ = naive.gated_ffn(case.calls[0], *weights[0], torch.zeros(192), "silu", [], "threshold", 0, *int8)
+    torch.testing.assert_close(our_ffn[0], expected)
+    (torch_linear, our_linear), none = case.linear()
+    torch.testing.assert_close(torch_linear.call(0, 0), our_linear.call(0, 0), rtol=5e-2, atol=5e-2)
+    assert none == []
+
+
+def test_model_of_a_shape_in_int8(tmp_path: Path) -> None:
+    options = ["--dtypes", "int8", "--densities", "0.4", "--quick", "--threads", "1"]
+    assert main(["bench", "model", "--shape", "smollm2-135m", "--json", str(tmp_path / "m.json"), *options]) == 0
+    rows = {row["op"]: row for row in rows_of(tmp_path / "m.json")}
+    assert rows.keys() == {"decode_dense_eager", "decode_dense_runner", "decode_dense_int8", "decode_sparse"}
+    assert {row["dtype"] for row in rows.values()} == {"int8"}
+    int8, plain = 2 * (3 * 192 * (64 + 4) + 4 * 64), 2 * 3 * 192 * 64 * 2
+    assert rows["decode_dense_runner"]["bytes"] - rows["decode_dense_int8"]["bytes"] == plain - int8
+    assert rows["decode_dense_int8"]["weights_over_dtype"] == pytest.approx(int8 / plain)
+
+
 def test_cold_weights() -> None:
     weights = bench_cases.Weights(TINY, torch.bfloat16)
     assert weights.count * weights.bytes >= 8 * 2**18
