@@ -20,6 +20,7 @@ from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.allocation import check_allocation
 from moyu_train.training.lora import check_quantise
+from moyu_train.training.shared_parent import check_shared
 
 
 def check_methods(recipe: Recipe) -> None:
@@ -36,6 +37,7 @@ def check_methods(recipe: Recipe) -> None:
             )
     check_allocation(sparsifier, recipe)
     check_quantise(recipe.finetune.lora)
+    check_shared(recipe.finetune.parent)
     check_extras(recipe.evaluate)
 
 

@@ -200,3 +200,10 @@ def test_rules_without_a_dense_model_are_refused(
     assert main(["export-dense", str(tmp_path / "sparse"), str(tmp_path / "dense")]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "dense").exists()
+
+
+def test_relu_on_int8_rows_is_not_called_stock(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rules = [Rule(torch.zeros(96), gate="relu", keep="nonzero") for _ in range(2)]
+    export(tiny_model(), tokenizer(), tmp_path / "sparse", "relu", rules, None, None, weights="int8")
+    assert main(["export-dense", str(tmp_path / "sparse"), str(tmp_path / "dense")]) == 1
+    assert "has another activation" in capsys.readouterr().err

@@ -109,3 +109,14 @@ def test_a_shared_parent_is_refused_where_there_is_none(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, "shared")
     with pytest.raises(ValueError, match="is the student without its deltas"):
         Recipe.model_validate(settings)
+
+
+def test_a_shared_parent_is_refused_under_an_engine_before_a_model_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_in(tmp_path, "shared")
+    settings["finetune"] |= {"lora": {"rank": 4}}
+    monkeypatch.setattr("moyu_train.training.shared_parent.asked_engine", lambda: "ZeRO-3")
+    monkeypatch.setattr("moyu_train.pipeline.Run.dense", lambda self: pytest.fail("a model was loaded"))
+    with pytest.raises(MoyuError, match="which ZeRO-3 shares out among processes"):
+        Run(Recipe.model_validate(settings))

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from moyu_train.checkpoints.export import CARD
 from moyu_train.files import reading, write_text
 from moyu_train.recipe import Recipe
 
-NAME = "README.md"
 ASK = "**Licence: not known.** It is the parent's; set `export.license` in the recipe, or fill in `license` above."
 LOAD = """```python
 import moyu_kernels
@@ -60,7 +60,7 @@ def write_card(folder: Path, recipe: Recipe, stock: bool, result: dict[str, Any]
         ),
     ]
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
-    write_text(folder / NAME, str(card))
+    write_text(folder / CARD, str(card))
 
 
 def parent_metadata(model: str) -> dict[str, str]:
@@ -68,11 +68,11 @@ def parent_metadata(model: str) -> dict[str, str]:
 
     The licence is what the card of its folder says, or the one in the hub's local cache; the base model is the hub id.
     """
-    path: Any = Path(model) / NAME if Path(model).is_dir() else None
+    path: Any = Path(model) / CARD if Path(model).is_dir() else None
     found = {}
     if path is None and not model.endswith(".gguf") and ":" not in model and model.count("/") == 1:
         found["base_model"] = model
-        path = try_to_load_from_cache(model, NAME)
+        path = try_to_load_from_cache(model, CARD)
     if isinstance(path, str | Path) and Path(path).is_file():
         with reading(path):
             licence = ModelCard.load(path).data.license

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from moyu_kernels.checkpoint import CheckpointError, read_manifest
 
-from moyu_train.checkpoints.export import read_state
+from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
 from moyu_train.checkpoints.verify import TOLERANCE, stock_gap
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
@@ -32,15 +32,14 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise MoyuError(str(error)) from error
     rules, _ = read_state(folder)
-    if rules[0].stock_activation:
+    if rules[0].stock_activation and not read_inputs(folder) and read_weights(folder) == "stored":
         raise MoyuError(
             f"{str(folder)!r} already loads in stock transformers and computes the same there; use it as it is"
         )
     if rules[0].substitutes:
         raise MoyuError(
-            f"{str(folder)!r} has another activation than its family ({rules[0].describe()}), for which stock code "
-            f"has no "
-            "name; only rules that drop neurons and change nothing else have a dense model to export"
+            f"{str(folder)!r} has another activation than its family ({rules[0].describe()}), which a stock engine "
+            "would put back; only rules that drop neurons and change nothing else have a dense model to export"
         )
     if out.exists():
         raise MoyuError(f"{str(out)!r} exists; give another folder")

@@ -22,6 +22,7 @@ from moyu_train.models.state import (
     thresholds_to_tensors,
 )
 
+CARD = "README.md"  # which anyone may edit
 RECORDED = "settings"  # in what the config tells of the predictors: how they were fitted
 
 
@@ -96,8 +97,9 @@ def export(
 
 
 def write_manifest(folder: Path, digest: str) -> None:
-    """The last file of a checkpoint, with the hashes of all others; digest: of the FFN weights."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """The last file of a checkpoint, with the hashes of all others but the model card; digest: of the FFN weights."""
+    others = {folder / CARD, folder / MANIFEST}
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in others)
     manifest = {
         "format_version": FORMAT_VERSION,
         "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
@@ -119,8 +121,12 @@ def read_rules(folder: Path) -> list[Rule]:
     """The rule of each block of a sparse checkpoint."""
     config, tensors = read_json(folder / "config.json"), read_tensors(folder / STATE)
     with reading(folder):
-        formula = config["moyu"].get("formula", {})
-        return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
+        return _rules(config, tensors)
+
+
+def _rules(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Rule]:
+    formula = config["moyu"].get("formula", {})
+    return [Rule(threshold, **formula) for threshold in thresholds_from_tensors(tensors)]
 
 
 def read_weights(folder: Path) -> str:
@@ -143,10 +149,11 @@ def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None
     )
     with reading(folder):
         fitted_for = (config["moyu"]["predictor"] or {}).get("ffn_sha256")
-        predictors, written = predictors_from_tensors(tensors), manifest["ffn_sha256"]
+        rules, predictors = _rules(config, tensors), predictors_from_tensors(tensors)
+        written = manifest["ffn_sha256"]
     if fitted_for not in (None, written):
         raise MoyuError(
             f"{str(folder)!r}: the predictors are stale, they were fitted for other FFN weights; fit them on these "
             f"with `moyu fit-predictors --from {folder}`"
         )
-    return read_rules(folder), predictors or None
+    return rules, predictors or None

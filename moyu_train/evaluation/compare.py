@@ -16,6 +16,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import Counts, SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, ffn_sha256, find_blocks
+from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import stored_bytes
@@ -132,6 +133,8 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
     documents, window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
     dense = score(run.dense(), documents, window, "compare: dense")
     model = load_dense(run.stage_folder(stage) / "model") if tuned else run.dense()
+    if recipe.export.weights == "int8":
+        model = round_ffn(model)
     thresholds, _ = read(run.stage_folder(stage))
     rules, inputs = sparsifier_of(recipe, thresholds).rules, input_rules(run, stage)
     methods = [resolve("compare.predictors", method, PREDICTORS) for method in settings.predictors]

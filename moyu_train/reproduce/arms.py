@@ -5,7 +5,6 @@ seed and by document.
 """
 
 import gc
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from moyu_train.data import Documents
 from moyu_train.evaluation.compare import compare_predictors
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score
-from moyu_train.files import write_json
+from moyu_train.files import read_json, write_json
 from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import Run, run_stage, run_up_to
 from moyu_train.progress import console
@@ -64,8 +63,8 @@ def run_arm(recipe: Recipe, arm: Arm, seed: int, measured: Callable[[Run], dict[
     path = run.folder / "measured.json"
     key = f"{run.recipe.digest(*SECTIONS)}-{run.inputs_digest}-{measured.__name__}"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found["key"] == key:
+        found = read_json(path)
+        if found.get("key") == key:
             console.print(f"[dim]{arm.name}, seed {seed}: measured before, reused[/dim]")
             return found
     console.print(f"[bold]{arm.name}, seed {seed}[/bold]")

@@ -17,6 +17,7 @@ from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import score, side_by_side
+from moyu_train.files import reading
 from moyu_train.models.blocks import find_blocks
 from moyu_train.progress import console
 from moyu_train.settings import Calibrate
@@ -94,13 +95,16 @@ class Loop:
 
 
 def _read(log: Path | None) -> dict[tuple[float, ...], Point]:
-    known = {}
-    for line in log.read_text(encoding="utf-8").splitlines() if log and log.is_file() else []:
+    known: dict[tuple[float, ...], Point] = {}
+    if log is None or not log.is_file():
+        return known
+    for line in log.read_text(encoding="utf-8").splitlines():
         try:
             point = json.loads(line)
         except json.JSONDecodeError:  # broken off while it was written
             break
-        known[tuple(point["cuts"])] = point
+        with reading(log):
+            known[tuple(point["cuts"])] = point
     return known
 
 

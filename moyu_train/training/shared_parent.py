@@ -8,8 +8,18 @@ from contextlib import ExitStack
 from typing import Any
 
 from moyu_train.errors import MoyuError
+from moyu_train.recipe import SHARED
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.launch import asked_engine
+
+
+def check_shared(parent: str) -> None:
+    """Raises: MoyuError under an engine that shares weights out, where the student's forward belongs to the step."""
+    if parent == SHARED and asked_engine():
+        raise MoyuError(
+            f"finetune.parent 'shared' runs the student's own weights, which {asked_engine()} shares out among "
+            "processes; use accelerate_configs/ddp.yaml or single.yaml, or leave finetune.parent empty"
+        )
 
 
 class SharedParent:
@@ -18,15 +28,9 @@ class SharedParent:
     Args:
         adapted: the student, a peft model.
         controls: whose masks are lifted for the while.
-    Raises: MoyuError under an engine that shares weights out, where the student's forward belongs to the step.
     """
 
     def __init__(self, adapted: Any, controls: Sequence[SparsityControl]) -> None:
-        if asked_engine():
-            raise MoyuError(
-                f"finetune.parent 'shared' runs the student's own weights, which {asked_engine()} shares out among "
-                "processes; use accelerate_configs/ddp.yaml or single.yaml, or leave finetune.parent empty"
-            )
         self.adapted, self.controls = adapted, controls
 
     def __call__(self, **tensors: Any) -> Any:
