@@ -6,16 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import save_text, save_tiny, tiny_settings
+from tiny import save_text, save_tiny, tiny_model, tiny_settings
 
 from moyu_train.cli import main
+from moyu_train.data import Documents
 from moyu_train.recipe import shipped_recipes
 from moyu_train.reproduce import REPRODUCTIONS
 from moyu_train.reproduce.arms import CONTROL, Paired
-from moyu_train.reproduce.drift import toy
+from moyu_train.reproduce.drift import regress, toy
 from moyu_train.reproduce.history import histories
 from moyu_train.reproduce.inertia import BASE, PENALTIES, PREDICTED
 from moyu_train.reproduce.locality import loss_at
+from moyu_train.reproduce.prompt_masks import late_scores
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +123,6 @@ def test_the_toy_of_drift_has_slope_one_where_its_theory_holds() -> None:
 
 
 def test_histories_are_nested_and_of_equal_tokens() -> None:
-    from moyu_train.data import Documents
-
     documents = Documents([torch.full((100,), i) for i in range(32)] + [torch.full((10,), 99)])
     texts = histories(documents, 400, seed=0)
     assert [len(text.tokens) for text in texts] == [4, 11, 32]
@@ -134,3 +134,28 @@ def test_histories_are_nested_and_of_equal_tokens() -> None:
 def test_loss_at_reads_a_line() -> None:
     line = [{"loss": 2.0, "density": 0.3}, {"loss": 3.0, "density": 0.2}]
     assert loss_at(line, "density", 0.25) == pytest.approx(2.5)
+
+
+def test_late_scores_leave_the_prompt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moyu_train.reproduce.prompt_masks.PROMPT", 10)
+    model, ids = tiny_model(), torch.arange(64)
+    found = late_scores(model, Documents([ids[:40], ids[40:50]]), 32, "late")
+    assert found.tokens == [21, 0]  # of 32, 8 and 10 tokens only the first window is longer than the prompt
+    logits = model(ids[None, :32]).logits[0, 10:-1]
+    assert found.nll[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[11:32]).item() * 21, rel=1e-5)
+
+
+def test_regression_of_gradients_is_that_of_autograd() -> None:
+    model, ids = tiny_model(), torch.arange(64)
+    rows = regress(model, Documents([ids[:32], ids[32:]]), 32)
+    down, seen = model.model.layers[1].mlp.down_proj, []
+    handle = down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    slopes = []
+    for piece in (ids[:32], ids[32:]):
+        logits = model(piece[None]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, seen[-1])
+        x = seen[-1].detach() - seen[-1].detach().mean()
+        slopes.append((x * gradient).sum() / x.square().sum())
+    handle.remove()
+    assert rows[1]["slope"] == pytest.approx(torch.stack(slopes).mean().item(), rel=1e-3)
