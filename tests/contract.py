@@ -16,18 +16,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.base import Penalty
-from moyu_train.penalties.hoyer import Hoyer
-from moyu_train.penalties.lag_decorrelation import LagDecorrelation
-from moyu_train.penalties.overlap_residual import OverlapResidual
+from moyu_train.registry import resolve
 from moyu_train.settings import Lora
+from moyu_train.settings import Penalty as PenaltySettings
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.launch import end_processes, whole_parameters
 from moyu_train.training.lora import adapt
 from moyu_train.training.trainer import SparsityTrainer
 
-INERTIA_COEFFICIENT = {"overlap_residual": 10.0, "lag_decorrelation": 100.0}
+STATISTICS_COEFFICIENT = {
+    "overlap_residual": 10.0,
+    "lag_decorrelation": 100.0,
+    "prefix_contrast": 30.0,
+    "history_consistency": 3.0,
+    "predictability": 3.0,
+}
 STEPS, RATE, COEFFICIENT, KL, LM = 20, 0.002, 3.0, 0.5, 1.0
 LENGTHS = (4, 6, 9, 13, 17, 20, 23, 24)  # the longest six times the shortest
 THRESHOLD, GAIN = 0.05, 0.0  # a fixed mask rule: the controller has a test of its own
@@ -160,9 +166,10 @@ def mutate(trainer: SparsityTrainer, mutant: str) -> None:
 
 
 def penalty_of(name: str, model: Any, rule: Threshold) -> Penalty:
-    cls = {"hoyer": Hoyer, "overlap_residual": OverlapResidual, "lag_decorrelation": LagDecorrelation}[name]
-    options = {} if name == "hoyer" else {"memory": 0.5}
-    penalty = cls(cls.Options(**options), [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
+    more = {} if name in ("hoyer", "history_consistency") else {"memory": 0.5}
+    more |= {"rank": 4} if name == "predictability" else {}
+    cls, options = resolve("penalty", PenaltySettings(name=name, coefficient=1, **more), PENALTIES)
+    penalty = cls(options, [torch.full((96,), SCALE)] * 2, rule.rules, 0.5)
     penalty.begin(model, torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(1)))
     return penalty
 
@@ -241,7 +248,7 @@ def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradie
         parent=dense,
         kl_weight=KL,
         lm_weight=LM,
-        coefficient=lambda progress: COEFFICIENT if name == "hoyer" else INERTIA_COEFFICIENT[name],
+        coefficient=lambda progress: COEFFICIENT if name == "hoyer" else STATISTICS_COEFFICIENT[name],
         callbacks=[seen],
     )
     seen.trainer = trainer

@@ -42,7 +42,7 @@ def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
             assert (threshold / contract.THRESHOLD - 1).abs().min() > 0.05, "it did not move"
 
 
-@pytest.mark.parametrize("penalty", contract.INERTIA_COEFFICIENT)
+@pytest.mark.parametrize("penalty", contract.STATISTICS_COEFFICIENT)
 def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
     """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
     whole, without = launch("8x1", penalty=penalty), launch("8x1", "off", penalty).gradients

@@ -94,7 +94,8 @@ def test_sequence_penalties_compute_their_formulas() -> None:
     assert built("locality", [rule])(0, a)[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-PAIRED = ("overlap_residual", "lag_decorrelation")  # against inertia
+PAIRED = ("overlap_residual", "lag_decorrelation")  # tokens of one sequence
+STREAMED = (*PAIRED, "prefix_contrast", "predictability")  # with statistics that follow training
 
 
 def activations() -> tuple[Any, torch.Tensor]:
@@ -127,7 +128,7 @@ def test_meaning_excuses_overlap() -> None:
     penalty.begin(model, WINDOWS)
     assert penalty.rate(0).mean() == pytest.approx(penalty.mask(0, a).mean().item(), rel=1e-4)
     without = penalty(0, a).mean()
-    penalty.prepare(WINDOWS)
+    penalty.prepare(WINDOWS, None, None)
     q = penalty._features[0] @ penalty.weights[0]
     x = penalty.centred(0, a, None)
     p = penalty.rate(0)
@@ -161,7 +162,121 @@ def test_lag_decorrelation_is_its_statistic_with_its_gradient() -> None:
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", PAIRED)
+def halves(ids: torch.Tensor) -> torch.Tensor:
+    """Sequences with their first halves replaced as `Prefixes` says: from the place that their own sum names."""
+    text, swapped = WINDOWS.flatten().tolist(), ids.clone()
+    for row in swapped:
+        start = int(row.sum())
+        for t in range(len(row) // 2):
+            row[t] = text[(start + t) % len(text)]
+    return swapped
+
+
+def soft_masks(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the first block at a threshold of 0.05, and log-probabilities, token by token without moyu's penalties."""
+    seen: list[torch.Tensor] = []
+    keep = lambda layer, a, expert: seen.append(a) or a.abs() >= 0.05  # noqa: E731
+    with Masking(find_blocks(model), keep), torch.no_grad():
+        logits = model(ids).logits
+    return 1 / (1 + (seen[0].abs() / 0.05).clamp_min(1e-8) ** -4), logits.log_softmax(-1)
+
+
+def prefixed(name: str, ids: torch.Tensor, **options: float) -> tuple[Any, torch.Tensor, Any]:
+    """The penalty of each token of `ids` in the first block, collected in a training forward; the model."""
+    model = tiny_model()
+    sparsifier = Threshold(Threshold.Options(), [torch.full((96,), 0.05)] * 2, 0.1)
+    penalty = built(name, sparsifier.rules, 0.1, **options)
+    penalty.begin(model, WINDOWS)
+    values = []
+
+    class Watched(type(penalty)):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            values.append(super().__call__(*args))
+            return values[-1]
+
+    penalty.__class__ = Watched
+    control = SparsityControl(model, sparsifier, 0.1, penalty=penalty)
+    with control.armed(True, ids=ids, model=model):
+        model(ids)
+    assert len(values) == 2, "the forward on other text is no part of it"
+    control.remove()
+    return penalty, values[0].detach(), model
+
+
+def test_history_consistency_computes_its_formula() -> None:
+    ids, tolerance = WINDOWS.flip(1), 1e9
+    for _ in range(2):
+        _, values, model = prefixed("history_consistency", ids, tolerance=tolerance)
+        (z, own), (other, changed) = soft_masks(model, ids), soft_masks(model, halves(ids))
+        kl, z = (own.exp() * (own - changed)).sum(-1), z.clamp(1e-6, 1 - 1e-6)
+        expected = -(other * z.log() + (1 - other) * (1 - z).log()).mean(-1) * (kl < tolerance)
+        expected[:, :10] = 0
+        torch.testing.assert_close(values, expected, rtol=2e-2, atol=1e-4)  # the other masks are held in bf16
+        assert (values > 0).sum() == (30 if tolerance == 1e9 else 15)
+        tolerance = kl[:, 10:].flatten().sort().values[14:16].mean().item()
+
+
+def test_prefix_contrast_computes_its_formula() -> None:
+    ids = WINDOWS.flip(1)
+    penalty, values, model = prefixed("prefix_contrast", ids)
+    p = penalty.rate(0)
+    x, other = soft_masks(model, ids)[0] - p, soft_masks(model, halves(ids))[0] - p
+    near = torch.einsum("btf,bf->bt", x, x[:, :10].mean(1) - other[:, :10].mean(1)) / (p * (1 - p)).sum()
+    expected = near.clamp_min(0) ** 2
+    expected[:, :10] = 0
+    torch.testing.assert_close(values, expected, rtol=1e-3, atol=1e-6)
+    assert values.max() > 0
+
+
+def test_predictability_is_what_least_squares_leave() -> None:
+    """On the text that its map was measured on: the residual of a regression on as many principal directions."""
+    penalty, values, model = prefixed("predictability", WINDOWS, rank=32)
+    z, _ = soft_masks(model, WINDOWS)
+    seen: list[torch.Tensor] = []
+    watch = lambda layer, a, expert: seen.append(masking.input(layer))  # noqa: E731
+    with Masking(find_blocks(model), watch, inputs=True) as masking, torch.no_grad():
+        model(WINDOWS)
+    v = torch.nn.functional.rms_norm(seen[0], (32,)).flatten(0, 1)
+    x = z.flatten(0, 1) - z.mean((0, 1))
+    f = torch.cat([v, torch.ones(60, 1)], dim=1)
+    left = (x - f @ torch.linalg.lstsq(f, x, driver="gelsd").solution).square().sum(-1)
+    expected = left / (penalty.rate(0) * (1 - penalty.rate(0))).sum()
+    torch.testing.assert_close(values.flatten(), expected, rtol=0.05, atol=1e-3)
+    *_, few = prefixed("predictability", WINDOWS, rank=2)[:2]
+    assert values.mean() < 0.8 * few.mean(), "a wider map foresees more"
+
+
+@pytest.mark.parametrize("name", ["history_consistency", "prefix_contrast"])
+def test_other_text_needs_the_tokens_and_the_model(name: str) -> None:
+    model = tiny_model()
+    sparsifier = Threshold(Threshold.Options(), [torch.full((96,), 0.05)] * 2, 0.1)
+    penalty = built(name, sparsifier.rules, 0.1)
+    penalty.begin(model, WINDOWS)
+    control = SparsityControl(model, sparsifier, 0.1, penalty=penalty)
+    with pytest.raises(MoyuError, match="pass the model to `armed`"), control.armed(True, ids=WINDOWS):
+        pass
+    with pytest.raises(MoyuError, match="pass `ids` to `armed`"), control.armed(True, model=model):
+        model(WINDOWS)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_other_halves_are_the_same_under_padding(left: bool) -> None:
+    from moyu_train.penalties.prefixes import Prefixes
+
+    ids, real = torch.nn.functional.pad(WINDOWS, (7, 0) if left else (0, 7)), torch.ones(3, 20, dtype=torch.bool)
+    real = torch.nn.functional.pad(real, (7, 0) if left else (0, 7))
+    prefixes = Prefixes(WINDOWS)
+    swapped, first, second = prefixes.swap(ids, real)
+    plain = prefixes.swap(WINDOWS, None)
+    for padded, bare in zip((swapped, first, second), plain, strict=True):
+        assert padded[real].tolist() == bare.flatten().tolist()
+    assert not (first | second)[~real].any()
+    assert (first | second)[real].all()
+    assert first.sum() == 30
+    assert prefixes.swap(WINDOWS[1:2], None)[0].tolist() == plain[0][1:2].tolist()
+
+
+@pytest.mark.parametrize("name", STREAMED)
 def test_statistics_follow_the_training_forwards_and_nothing_else(name: str) -> None:
     """Sums of micro-batches, padding left out, taken at a step's end; a recompute or an evaluation adds nothing."""
     model = tiny_model()
@@ -170,11 +285,13 @@ def test_statistics_follow_the_training_forwards_and_nothing_else(name: str) -> 
     padded = torch.cat([WINDOWS, WINDOWS.flip(0)], dim=1)
     real = torch.arange(40).expand(3, 40) < 20
     for penalty, whole in zip(penalties, (True, False), strict=True):
+        penalty.begin(model, WINDOWS.flip(1))
         control = SparsityControl(model, sparsifier, 0.1, penalty=penalty)
         for part in (padded,) if whole else padded.split(1):
-            with control.armed(True, real[: len(part)] if whole else None, part):
-                model(part if whole else part[:, :20])
-            model(part)  # not armed
+            ids = part if whole else part[:, :20]
+            with control.armed(True, real[: len(part)] if whole else None, ids, model):
+                model(ids)
+            model(ids)  # not armed
         control.remove()
         before = penalty.measured[0].clone()
         penalty.step()
@@ -212,7 +329,7 @@ def test_every_penalty_trains(name: str) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     values = []
     for _ in range(8):
-        with control.armed(True, ids=WINDOWS):
+        with control.armed(True, ids=WINDOWS, model=model):
             model(WINDOWS)
         value = control.take_penalty()
         values.append(value.item())

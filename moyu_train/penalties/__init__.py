@@ -10,4 +10,7 @@ PENALTIES = {
     "locality": "moyu_train.penalties.locality:Locality",
     "overlap_residual": "moyu_train.penalties.overlap_residual:OverlapResidual",
     "lag_decorrelation": "moyu_train.penalties.lag_decorrelation:LagDecorrelation",
+    "prefix_contrast": "moyu_train.penalties.prefix_contrast:PrefixContrast",
+    "history_consistency": "moyu_train.penalties.history_consistency:HistoryConsistency",
+    "predictability": "moyu_train.penalties.predictability:Predictability",
 }

@@ -1,11 +1,18 @@
 """What a penalty gets, and what it gives: one fp32 value a token, which the trainer sums and divides."""
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from moyu_kernels.rules import Rule
 from pydantic import BaseModel
 from torch import Tensor
+
+from moyu_train.errors import MoyuError
+
+# peek(ids, real, look): the student on other tokens, under its masks and without a gradient; look(layer, a) sees each
+# block's activation before the mask. Returns the logits.
+Peek = Callable[[Tensor, Tensor | None, Callable[[int, Tensor], None]], Tensor]
 
 
 class Penalty:
@@ -21,6 +28,8 @@ class Penalty:
     name: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
     needs_threshold: ClassVar[bool] = False  # a rule with a threshold on the activation
+    needs_input: ClassVar[bool] = False  # `input` then gives a layer's FFN input `[..., D]`, without its gradient
+    input: Callable[[int], Tensor]
 
     def __init__(self, options: BaseModel, scales: list[Tensor], rules: list[Rule], density: float) -> None:
         self.options, self.scales, self.rules, self.density = options, scales, rules, density
@@ -32,8 +41,8 @@ class Penalty:
     def begin(self, model: Any, windows: Tensor) -> None:
         """Before training: measure on int64 `[N, T]` what the penalty compares with."""
 
-    def prepare(self, ids: Tensor | None) -> None:
-        """Before each training forward: its tokens, int64 `[B, T]`."""
+    def prepare(self, ids: Tensor | None, real: Tensor | None, peek: Peek) -> None:
+        """Before each training forward: its tokens, int64 `[B, T]`, where they are no padding, bool `[B, T]`."""
 
     def count(self, layer: int, real: Tensor | None) -> None:
         """After the penalty of each layer of a training forward, but not of a recompute: add to its statistics."""
@@ -50,3 +59,7 @@ class Penalty:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """From a checkpoint's `state`."""
+
+
+def not_prepared(name: str) -> MoyuError:
+    return MoyuError(f"penalty {name!r} looks at other text too and was not given the tokens; pass `ids` to `armed`")

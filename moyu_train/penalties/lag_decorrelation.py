@@ -7,7 +7,6 @@ steps before, `mean_{k,i} (2 c'_i(k) x_ti x_{t-k,i} - c'_i(k)^2) / v_i`: the sam
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as functional
@@ -20,7 +19,7 @@ LEAST = 1e-3  # of v: a neuron that is always or never on has nothing to be deco
 
 class LagDecorrelation(RatePenalty):
     name = "lag_decorrelation"
-    moments: ClassVar[int] = len(LAGS)
+    moments = len(LAGS)
 
     def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
         x, p = self.centred(layer, a, real), self.rate(layer)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from moyu_train.penalties.soft import SoftPenalty
+from moyu_train.penalties.soft import SoftPenalty, cross_entropy
 
 
 class Locality(SoftPenalty):
@@ -15,9 +15,7 @@ class Locality(SoftPenalty):
 
     def __call__(self, layer: int, a: Tensor, real: Tensor | None = None) -> Tensor:
         z = self.sequence(layer, a, real)
-        # The gradient reaches both tokens, so this one cannot be the target of binary_cross_entropy, which is constant.
-        now, before = z[:, 1:].clamp(1e-6, 1 - 1e-6), z[:, :-1]
-        value = -(before * now.log() + (1 - before) * (1 - now).log()).mean(-1)
+        value = cross_entropy(z[:, 1:], z[:, :-1])
         if real is not None:
             value = value * (real[:, 1:] & real[:, :-1])
         return functional.pad(value, (1, 0)) if value.numel() else torch.zeros_like(z[..., 0])

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moyu_train.models.meaning import REACHES, around, sketch
+from moyu_train.penalties.base import Peek
 from moyu_train.penalties.rates import LAGS, RateOptions, RatePenalty
 
 FEATURES = 3  # 1, similarity, equal ids
@@ -53,7 +54,7 @@ class OverlapResidual(RatePenalty):
             value = value + functional.pad(excess, (lag, 0))
         return value / len(LAGS)
 
-    def prepare(self, ids: Tensor | None) -> None:
+    def prepare(self, ids: Tensor | None, real: Tensor | None, peek: Peek) -> None:
         if ids is None or not len(self._meaning):
             return
         views = [around(self._meaning[ids], reach) for reach in REACHES]

@@ -28,7 +28,7 @@ class RatePenalty(SoftPenalty):
 
     Options: ClassVar[type[BaseModel]] = RateOptions
 
-    moments: ClassVar[int] = 0
+    moments = 0
 
     def __init__(self, options: Any, scales: list[Tensor], rules: list[Rule], density: float) -> None:
         super().__init__(options, scales, rules, density)
@@ -86,7 +86,8 @@ class RatePenalty(SoftPenalty):
         def observe(layer: int, a: Tensor, expert: int | None) -> None:
             see(number, layer, self.centred(layer, a.view(1, -1, a.shape[-1]), None)[0])
 
-        with Masking(find_blocks(model), observe, rules=self.rules):
+        with Masking(find_blocks(model), observe, inputs=self.needs_input, rules=self.rules) as masking:
+            self.input = masking.input
             for number, ids in enumerate(windows):  # noqa: B007 - `observe` reads it
                 model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
 

@@ -1,7 +1,8 @@
 """Holds a sparsifier on a live model during training: masks at the seam, density statistics, closed-loop thresholds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class SparsityControl(TrainerCallback):
         self._penalty = torch.zeros((), dtype=torch.float64)  # of the optimizer step under way, sum over tokens
         self._real: Tensor | None = None  # bool, the tokens of the forward under way that are no padding
         self.counting, self._collecting = True, False
+        self._look: Callable[[int, Tensor], None] | None = None  # of a forward on other tokens, for the penalty
         self.health = Health(self.blocks, sparsifier.thresholds)
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
@@ -78,10 +80,12 @@ class SparsityControl(TrainerCallback):
         self._masking = Masking(
             self.blocks,
             self._keep,
-            inputs=bool(self.predictors),
+            inputs=bool(self.predictors) or (self.penalty is not None and self.penalty.needs_input),
             rules=self.sparsifier.rules,
             straight_through=self.sparsifier.straight_through,
         )
+        if self.penalty is not None:
+            self.penalty.input = self._masking.input
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self.blocks), 4, dtype=torch.float64)  # rule, selected, kept, seen
@@ -94,6 +98,8 @@ class SparsityControl(TrainerCallback):
                 scores = self._masking.scores(layer, self.predictors[layer])
             selected = scores.view_as(a) > 0
             keep = rule & selected
+        if self._look is not None:
+            self._look(layer, a)
         if self.penalty is not None and torch.is_grad_enabled():
             # A recompute has to repeat these very operations, or its saved tensors would not be those of the forward.
             values = self.penalty(layer, a, self._real)
@@ -119,24 +125,42 @@ class SparsityControl(TrainerCallback):
         self.health.note(layer, keep, expert)
 
     @contextmanager
-    def armed(self, on: bool, real: Tensor | None = None, ids: Tensor | None = None) -> Iterator[None]:
+    def armed(
+        self, on: bool, real: Tensor | None = None, ids: Tensor | None = None, model: Any = None
+    ) -> Iterator[None]:
         """Counts within, and collects the penalty's terms.
 
-        Args: real: `[B, T]`, not 0 where a token is no padding; ids: the tokens, int64 `[B, T]`.
+        Args:
+            real: `[B, T]`, not 0 where a token is no padding.
+            ids: the tokens, int64 `[B, T]`.
+            model: what will be called with them, for penalties that compare with other tokens.
         """
         if real is not None and any(rule.prompt for rule in self.sparsifier.rules) and not real[:, 0].all():
             raise MoyuError(
                 f"sparsifier {self.sparsifier.name!r} takes its mask from the first tokens, and a batch has padding "
                 "there; pad on the right"
             )
-        before, self.counting, self._collecting = self.counting, on, on
+        before, self.counting = self.counting, False
         self._real, self._terms = None if real is None else real.bool(), []
         if on and self.penalty is not None:
-            self.penalty.prepare(ids)
+            self.penalty.prepare(ids, self._real, partial(self._peek, model))
+        self.counting = self._collecting = on
         try:
             yield
         finally:
             self.counting, self._collecting = before, False
+
+    def _peek(self, model: Any, ids: Tensor, real: Tensor | None, look: Callable[[int, Tensor], None]) -> Tensor:
+        if model is None:
+            raise MoyuError(f"penalty {self.penalty.name!r} looks at other text too; pass the model to `armed`")
+        self._look = look
+        try:
+            with torch.no_grad():
+                mask = None if real is None else real.long()
+                logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        finally:
+            self._look = None
+        return logits
 
     @contextmanager
     def lifted(self) -> Iterator[None]:

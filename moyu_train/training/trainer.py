@@ -116,7 +116,7 @@ class SparsityTrainer(Trainer):
                 parent = self.parent(**tensors, use_cache=False).logits
         with contextlib.ExitStack() as arms:
             for control in self.controls:
-                arms.enter_context(control.armed(training, real, inputs["input_ids"]))
+                arms.enter_context(control.armed(training, real, inputs["input_ids"], model))
             if self.anchor and training:
                 arms.enter_context(self.anchor.armed(real))
             outputs = model(**tensors, use_cache=False)
