@@ -31,8 +31,7 @@ class Drift(Reproduction):
     claim: ClassVar[str] = "At initialisation cross-entropy pulls positive activations to zero, as by an L2 penalty"
     criterion: ClassVar[str] = (
         f"slope of the measured on the predicted gradient within {NEAR} of 1 for ReLU, GELU and SiLU with random "
-        f"output "
-        "weights."
+        "output weights."
     )
 
     def run(self, recipe: Recipe, seeds: Sequence[int]) -> Outcome:
@@ -52,8 +51,7 @@ class Drift(Reproduction):
             f"With random output weights the measured gradient is {slopes} times the predicted one. In the trained "
             f"model "
             f"{sure} of {len(layers)} layers have gradients that grow with the activation (t above 2): the theorem is "
-            f"about "
-            "initialisation, and says nothing of them."
+            "about initialisation, and says nothing of them."
         )
         figure, axes = axes_of("layer of the trained model", "t of the regression of dL/da on a")
         axes.bar(range(len(layers)), [layer["t"] for layer in layers])

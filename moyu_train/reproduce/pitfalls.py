@@ -41,8 +41,7 @@ class Pitfalls(Reproduction):
         passed = abs(mean - PAPER) <= NEAR and first > last and point["ppl_over_rule"] > 1
         conclusion = (
             f"At CETT {settings.tau:g} a token needs {1 - mean:.1%} of the neurons ({first:.1%} sparse in the first "
-            f"third "
-            f"of the layers, {last:.1%} in the last). Without training, {judged['rows'][0]['family']} at "
+            f"third of the layers, {last:.1%} in the last). Without training, {judged['rows'][0]['family']} at "
             f"{point['would_skip']:.1%} of the bytes skipped has {point['ppl'] / judged['ppl']['dense']:.2f} times the "
             f"dense perplexity, the rule's mask {judged['ppl']['rule'] / judged['ppl']['dense']:.2f}."
         )

@@ -38,8 +38,7 @@ class Probe(Reproduction):
             f"to the tokens of sentences and {rows[1]['in one sequence'] - rows[1]['alone']:+.3f} to random ones: "
             f"index "
             f"{'undefined' if index is None else f'{index:.2f}'}. SIAI {inertia['siai']:.4f}, {ends}. An unrelated "
-            f"prefix "
-            f"moves masks by {inertia['carry']:.4f} towards its own."
+            f"prefix moves masks by {inertia['carry']:.4f} towards its own."
         )
         figure, axes = axes_of("", "overlap of masks beyond chance")
         axes.bar(range(len(CELLS)), [probe[cell] for cell in CELLS])

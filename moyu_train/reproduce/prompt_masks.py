@@ -61,10 +61,8 @@ class PromptMasks(Reproduction):
         best = min(rows[1:], key=lambda row: row["perplexity"])
         conclusion = (
             f"TDA has {ratio:.3f} times GRIFFIN's perplexity ({low:.3f} to {high:.3f}). Of all masks {best['method']} "
-            f"is "
-            f"nearest to dense, {best['over dense']:.3f} times. Neurons off count the prompt, which masks from it "
-            f"leave "
-            "dense."
+            f"is nearest to dense, {best['over dense']:.3f} times. Neurons off count the prompt, which masks from it "
+            "leave dense."
         )
         figure, axes = axes_of("", f"perplexity over dense, {recipe.target_sparsity:.0%} off")
         axes.bar(range(len(rows) - 1), [row["over dense"] for row in rows[1:]])

@@ -44,8 +44,7 @@ class ProSparse(Reproduction):
         passed = sparser and progressive["perplexity"] <= MOST * constant["perplexity"]
         conclusion = (
             f"With a final coefficient of {final:g}, constant L1 ends at {constant['neurons off']:.1%} off and "
-            f"perplexity "
-            f"{constant['perplexity']:.2f}, progressive L1 at {progressive['neurons off']:.1%} and "
+            f"perplexity {constant['perplexity']:.2f}, progressive L1 at {progressive['neurons off']:.1%} and "
             f"{progressive['perplexity']:.2f}; without a penalty {rows[0]['neurons off']:.1%} and "
             f"{rows[0]['perplexity']:.2f}."
         )
