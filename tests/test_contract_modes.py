@@ -42,7 +42,13 @@ def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
             assert (threshold / contract.THRESHOLD - 1).abs().min() > 0.05, "it did not move"
 
 
-@pytest.mark.parametrize("penalty", contract.STATISTICS_COEFFICIENT)
+FEW = ("lag_decorrelation", "history_consistency")  # one with statistics, one that looks at other text
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in contract.STATISTICS_COEFFICIENT],
+)
 def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
     """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
     whole, without = launch("8x1", penalty=penalty), launch("8x1", "off", penalty).gradients
@@ -53,6 +59,16 @@ def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -
         found = launch(variant, penalty=penalty)
         assert distance(found.gradients, gradients) < 1e-5, variant
         assert distance(found.weights, whole.weights) < 1e-4, variant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", ["history_consistency", "predictability"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_engines_that_share_weights_out_look_at_other_text_too(launch: Callable, engine: str, penalty: str) -> None:
+    whole, found = launch("8x1", penalty=penalty), launch(engine, penalty=penalty)
+    assert distance(found.gradients, whole.gradients) < 1e-5
+    assert distance(found.weights, whole.weights) < 1e-4
+    assert found.engine == ENGINES[engine]
 
 
 def test_statistics_of_one_process_alone_would_be_noticed(launch: Callable) -> None:

@@ -332,6 +332,19 @@ def test_interventions_see_memory_and_only_memory() -> None:
     assert cells["index"] == pytest.approx(1, abs=0.3)  # it does not care for meaning
 
 
+def test_a_token_at_a_later_position_still_sees_the_one_before() -> None:
+    """The probe's tokens stand alone behind one sink token, at the positions that they have in their sequence."""
+    subject = Subject("dense", tiny_model())
+    subject.levels = [0.0] * len(subject.blocks)
+
+    def second(sink: int) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        subject.run(torch.tensor([[sink, 7]]), lambda seen: found.append(seen.a[0, 1]), torch.tensor([[0, 9]]))
+        return found[-1]
+
+    assert not torch.allclose(second(1), second(2), rtol=1e-3)
+
+
 def test_mean_overlap_is_the_mean_over_pairs() -> None:
     z, p = torch.rand(7, 20, generator=torch.Generator().manual_seed(0)) < 0.4, torch.full((20,), 0.4).double()
     pairs = [inertia.overlap(z[i].double(), z[j].double(), p) for i in range(7) for j in range(7) if i != j]

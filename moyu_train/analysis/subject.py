@@ -123,7 +123,10 @@ class Subject:
         inputs: bool = False,
     ) -> None:
         """One forward of int64 `[B, T]`; positions, of its shape, where the architecture takes them."""
-        more = {} if positions is None or not self._takes_positions else {"position_ids": positions}
+        more = {}
+        if positions is not None and self._takes_positions:
+            # Without a mask transformers takes a jump in the positions for the start of another, packed sequence.
+            more = {"position_ids": positions, "attention_mask": torch.ones_like(ids)}
         with self.masked(see, inputs):
             self.model(input_ids=ids.to(device_of(self.model)), use_cache=False, logits_to_keep=1, **more)
 

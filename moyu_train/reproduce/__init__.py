@@ -9,4 +9,5 @@ REPRODUCTIONS = {
     "pitfalls": "moyu_train.reproduce.pitfalls:Pitfalls",
     "tda": "moyu_train.reproduce.prompt_masks:PromptMasks",
     "drift": "moyu_train.reproduce.drift:Drift",
+    "trinity": "moyu_train.reproduce.trinity:Trinity",
 }
