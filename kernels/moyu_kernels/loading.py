@@ -13,6 +13,7 @@ from .checkpoint import STATE, predictor_names, read_config, read_manifest, tens
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .prompt import PromptState, watch_sequences
+from .prompt_ffn import PromptGatedFFN, PromptInt8FFN
 from .quantised import Int8GatedFFN
 from .reading import CheckpointError, reading
 from .rules import Rule, simulate
@@ -29,6 +30,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 FFNS = {"stored": SparseGatedFFN, "int8": Int8GatedFFN}  # by `weights`
+PROMPT_FFNS = {"stored": PromptGatedFFN, "int8": PromptInt8FFN}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -69,17 +71,24 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(FFNS)}")
     state = load_file(folder / STATE)
     names = predictor_names(folder, settings, manifest)
-    if mode == "predicted" and not names:
+    masks_from_prompt = bool(settings.get("formula", {}).get("prompt"))
+    if mode == "predicted" and not names and masks_from_prompt:
+        mode = "rule"
+    elif mode == "predicted" and not names:
         found = settings["predictor"]
         what = f"a simulated predictor ({found['family']}, which no op computes)" if found else "no predictor"
         logger.warning("moyu: %s has %s: mode 'rule' is used, which reads every gate row at least", folder, what)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
+    states: list[PromptState] = []
     for index, block in enumerate(block_list):
         threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
         predictor = [tensor_of(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         rule = Rule(threshold, **settings.get("formula", {}))
-        _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
+        watching = _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
+        states += [watching] if watching else []
+    if states:
+        watch_sequences(model, states)
     if mode != "dense":
         _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
@@ -127,7 +136,8 @@ def _install(
     mode: str,
     backend: str,
     weights: str,
-) -> None:
+) -> PromptState | None:
+    """Put the block in place. Returns: what watches sequences for it, under a rule that keeps by their first tokens."""
     path, layout = block["path"], block["layout"]
     try:
         module: Any = model.get_submodule(path)
@@ -139,10 +149,14 @@ def _install(
         projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
         act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
         keep = rule.count(block["neurons"])
-        ffn = FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
+        ffn: SparseGatedFFN
+        if rule.prompt:
+            ffn = PROMPT_FFNS[weights](projections, act, rule, mode, backend)
+        else:
+            ffn = FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
-        return
+        return ffn.state if isinstance(ffn, PromptGatedFFN) else None
     if weights == "int8":
         raise CheckpointError(
             f"{folder}: {path} cannot have int8 weights, since {reason}; load it with weights='stored'"
@@ -151,12 +165,11 @@ def _install(
     if mode == "dense":
         if rule.substitutes:
             simulate(module, names, layout, rule, masked=False)
-        return
+        return None
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
     state = PromptState(rule.prompt) if rule.prompt else None
-    if state:
-        watch_sequences(model, state)
     simulate(module, names, layout, rule, masked=True, state=state)
+    return state
 
 
 def _install_inputs(
@@ -194,7 +207,7 @@ def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str
 
 def _op_on(backend: str, rule: Rule) -> str | None:
     """Which rule of the op computes `rule` on a backend; None where none does."""
-    if backend != "triton" or rule.op == "threshold":
+    if backend != "triton" or rule.op in ("threshold", "prompt"):
         return rule.op
     return "threshold" if rule.stock_activation == "relu" else None  # thresholds of zero, with relu as activation
 

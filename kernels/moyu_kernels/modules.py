@@ -169,6 +169,11 @@ class SparseGatedFFN(SparseModule):
         return [getattr(self, f"predictor_{name}") for name in self._predictor]
 
     @property
+    def names_neurons(self) -> bool:
+        """Whether the selected neurons are known before any gate row is read."""
+        return self.mode == "predicted"
+
+    @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up and down, each contiguous `[F, D]`."""
         gate, up, down = (getattr(self, name).weight for name in self._names)
