@@ -14,10 +14,13 @@ from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
 from transformers import DynamicCache
 
 from moyu_train.checkpoints.export import export
+from moyu_train.checkpoints.verify import verify
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.bench_bytes import ffn_read
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score
+from moyu_train.evaluation.stage import evaluate_checkpoint
 from moyu_train.models.blocks import find_blocks
 from moyu_train.pipeline import Run
 from moyu_train.recipe import Recipe
@@ -222,6 +225,73 @@ def test_another_backend_and_a_move_keep_the_masks_right(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="have seen 0"):
         found(IDS[:1, 16:17], past_key_values=cache)
     assert found(IDS[:1], use_cache=False).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["griffin", "tda"])
+def test_figures_are_those_of_decode_steps(tmp_path: Path, name: str) -> None:
+    model = tiny_model()
+    sparsifier = calibrated(name, model)
+    with SparseMasks(model, sparsifier.rules, None) as masks:
+        model(IDS)
+    export(model, tokenizer(), tmp_path / "sparse", name, sparsifier.rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    runner = moyu_kernels.Runner(found, max_length=20, compile=False)
+    blocks = [module for module in found.modules() if isinstance(module, PromptGatedFFN)]
+    total = torch.zeros(3, dtype=torch.int64)
+    for row in IDS:
+        runner.prefill(row[None, :PROMPT])
+        before = sum(block.counts.clone() for block in blocks)
+        for token in row[PROMPT:]:
+            runner.step(token)
+        total += sum(block.counts for block in blocks) - before
+    tokens, selected, kept = total.tolist()
+    assert tokens == 2 * 3 * 12
+    skipped = 1 - ((2 * selected + kept) * 128 + 5 * 96 * tokens) / (tokens * 3 * 96 * 128)
+    assert masks.bytes_skipped(4) == pytest.approx(skipped)
+    for block in blocks:
+        block.counts.zero_()
+    runner.prefill(IDS[:1, :PROMPT])
+    for block in blocks:
+        block.counts.zero_()
+    runner.step(IDS[0, PROMPT])
+    kept_now = sum(block.counts[2].item() for block in blocks)
+    read, dense = ffn_read(found, masks.blocks)
+    assert read / dense == pytest.approx((3 * kept_now * 128 + 2 * 5 * 96) / (2 * 3 * 96 * 128))
+    with SparseMasks(model, sparsifier.rules, None) as short:
+        model(IDS[:, :PROMPT])
+    with pytest.raises(MoyuError, match="no decode step was counted"):
+        short.bytes_skipped(4)
+
+
+def test_verify_decodes_after_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", "griffin", calibrated("griffin", model).rules, None, None)
+    assert verify(tmp_path / "sparse")["stock_refuses"]
+    monkeypatch.setattr("moyu_kernels.prompt_ffn.pack_mask", lambda keep: naive.pack_mask(~keep))
+    with pytest.raises(MoyuError, match="logits differ from the rule's"):
+        verify(tmp_path / "sparse")
+
+
+def test_a_checkpoint_is_evaluated_through_the_kernels(tmp_path: Path) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", "tda", calibrated("tda", model).rules, None, None)
+    figures = evaluate_checkpoint(tmp_path / "sparse", DOCUMENTS, 64, 64)
+    assert not figures["simulated"]
+    assert figures["bytes_skipped"] > 0.6
+    assert figures["neurons_off"] < figures["bytes_skipped"], "the prompt keeps all and is not decoded"
+    kernels = figures["kernels"]
+    assert kernels["fp32_perplexity"] == pytest.approx(kernels["masked_perplexity"], rel=1e-3)
+
+
+def test_what_does_not_go_with_masks_from_the_prompt_is_refused(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
+    settings |= {"sparsifier": {"name": "griffin", "prompt": 16}}
+    with pytest.raises(MoyuError, match="'griffin' names the neurons of a whole sequence"):
+        Run(Recipe.model_validate(settings | {"bench": None}))
+    settings |= {"predictor": None, "bench": {"contexts": [8, 64]}}
+    with pytest.raises(MoyuError, match=r"first 16 tokens .* bench.contexts has 8"):
+        Run(Recipe.model_validate(settings))
+    Run(Recipe.model_validate(settings | {"bench": {"contexts": [16]}}))
 
 
 def test_training_text_padded_where_masks_are_taken_is_refused() -> None:

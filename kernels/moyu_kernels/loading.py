@@ -144,16 +144,9 @@ def _install(
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
     backend = resolve_backend(backend, next(module.parameters()).device)
-    op, reason = _op_on(backend, rule), simulated_because(module, block, act_name, rule, backend)
-    if op and not reason:
-        projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
-        act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-        keep = rule.count(block["neurons"])
-        ffn: SparseGatedFFN
-        if rule.prompt:
-            ffn = PROMPT_FFNS[weights](projections, act, rule, mode, backend)
-        else:
-            ffn = FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
+    reason = simulated_because(module, block, act_name, rule, backend)
+    if not reason:
+        ffn = sparse_ffn(module, block, act_name, rule, predictor, mode, backend, weights)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
         return ffn.state if isinstance(ffn, PromptGatedFFN) else None
@@ -170,6 +163,29 @@ def _install(
     state = PromptState(rule.prompt) if rule.prompt else None
     simulate(module, names, layout, rule, masked=True, state=state)
     return state
+
+
+def sparse_ffn(
+    module: Any,
+    block: dict[str, Any],
+    act_name: str,
+    rule: Rule,
+    predictor: list[Tensor],
+    mode: str,
+    backend: str,
+    weights: str = "stored",
+) -> SparseGatedFFN:
+    """The sparse block on the projections of `module`, for which `simulated_because` found nothing.
+
+    Args: block and act_name: as there; the others as for `from_pretrained`, backend resolved.
+    """
+    projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
+    act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
+    if rule.prompt:
+        return PROMPT_FFNS[weights](projections, act, rule, mode, backend)
+    op, keep = _op_on(backend, rule), rule.count(block["neurons"])
+    assert op
+    return FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
 
 
 def _install_inputs(
