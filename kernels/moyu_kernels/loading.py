@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import STATE, predictor_names, read_config, read_manifest, tensor_of
+from .dispatch import DISPATCH, start_dispatch
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .prompt import PromptState, watch_sequences
@@ -40,6 +41,7 @@ def from_pretrained(
     backend: str = "auto",
     mode: str = "predicted",
     weights: str | None = None,
+    dispatch: str = "off",
 ) -> Any:
     """Load a sparse checkpoint for inference.
 
@@ -51,16 +53,24 @@ def from_pretrained(
             "predicted" becomes "rule", with a warning.
         weights: of the FFN blocks: "stored" decodes them in `dtype`, "int8" rounds them here, after `dtype`, to int8
             with a scale a row (`Int8GatedFFN`); default what the checkpoint was calibrated for.
+        dispatch: "measure" times on this machine, once, up to which density predictors pay, and blocks of which more is
+            selected decode in mode "rule", with a warning: at batch 1, and for a `Runner` at its batch
+            (`dispatch.choose`). "off" leaves all in `mode`.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
         `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
         marker, so that stock transformers refuses what `save_pretrained` writes.
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
-        that takes int8 weights.
+        that takes int8 weights; ValueError for an unknown `dispatch`, or one that has nothing to choose from.
     """
+    if dispatch not in DISPATCH:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; use one of {', '.join(DISPATCH)}")
     with reading(folder):
-        return _from_pretrained(Path(folder), dtype, backend, mode, weights)
+        model = _from_pretrained(Path(folder), dtype, backend, mode, weights)
+    if dispatch == "measure":
+        start_dispatch(model)
+    return model
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import CompiledStep
+from .dispatch import choose
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
 from .prompt import prompt_states
@@ -37,6 +38,8 @@ class Runner:
 
     `compile_seconds` is what the first step took, compilation included.
 
+    A model that was loaded with `dispatch="measure"` gets the modes that are faster at this batch.
+
     Raises: ValueError for a batch outside 1 to 8.
     """
 
@@ -50,6 +53,8 @@ class Runner:
             compile = False
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
         self.device = next(model.parameters()).device
+        if getattr(model, "_moyu_dispatch", False):
+            choose(model, batch)
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._attention = model.config._attn_implementation
         self._steps: dict[Any, CompiledStep] = {}
