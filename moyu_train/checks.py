@@ -9,6 +9,7 @@ from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 from moyu_kernels.rules import Rule
 
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.bench import short_context
 from moyu_train.evaluation.extras import check_extras
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, find_inputs
 from moyu_train.models.marker import base_activation, check_marker
@@ -58,6 +59,8 @@ def check_model(recipe: Recipe, model: Any) -> None:
                 f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
                 f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
             )
+    if recipe.bench and rule.prompt > min(recipe.bench.contexts):
+        raise MoyuError(short_context(rule.prompt, recipe.bench.contexts))
     act = rule.stock_activation or base_activation(model.config)
     if recipe.export.weights == "int8":
         _check_int8(rule, act, blocks)
@@ -96,6 +99,11 @@ def _check_kernels(sparsifier: str, rule: Rule, act: str, blocks: list[FFNBlock]
 
 
 def _check_predictor(recipe: Recipe, sparsifier: str, rule: Rule, blocks: list[FFNBlock]) -> None:
+    if rule.prompt:
+        raise MoyuError(
+            f"sparsifier {sparsifier!r} names the neurons of a whole sequence, so a predictor has none to name: use "
+            "predictor: null (--predictor null)"
+        )
     if rule.op in WHOLE_ROW:
         raise MoyuError(
             f"sparsifier {sparsifier!r} compares all neurons of a token, so a predictor has none to "

@@ -1,23 +1,30 @@
 """`moyu reproduce`: each on a tiny model through the command line, and the statistics on figures with known answers."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from moyu_kernels import Runner
+from moyu_kernels.prompt_ffn import PromptGatedFFN
+from moyu_kernels.rules import Rule
 from tiny import save_text, save_tiny, tiny_model, tiny_settings
 
 from moyu_train.cli import main
 from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
 from moyu_train.recipe import shipped_recipes
 from moyu_train.reproduce import REPRODUCTIONS
 from moyu_train.reproduce.arms import CONTROL, Paired
+from moyu_train.reproduce.decode_time import DENSE, cell, decode_times, milliseconds
 from moyu_train.reproduce.drift import regress, toy
 from moyu_train.reproduce.history import histories
 from moyu_train.reproduce.inertia import BASE, PENALTIES, PREDICTED
 from moyu_train.reproduce.locality import loss_at
 from moyu_train.reproduce.prompt_masks import late_scores
+from moyu_train.settings_export import Bench
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +141,38 @@ def test_histories_are_nested_and_of_equal_tokens() -> None:
 def test_loss_at_reads_a_line() -> None:
     line = [{"loss": 2.0, "density": 0.3}, {"loss": 3.0, "density": 0.2}]
     assert loss_at(line, "density", 0.25) == pytest.approx(2.5)
+
+
+def test_masks_from_the_prompt_are_timed_beside_their_quality(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moyu_train.reproduce.decode_time.Runner", partial(Runner, compile=False))
+    bench = ["--bench", "{contexts: [128], new_tokens: 2, rounds: 5}"]
+    rows = {row["method"]: row for row in run("tda", tiny, *bench)["rows"]}
+    assert len(rows) == 6
+    assert all(row["ms a token"] > 0 for row in rows.values())
+    assert rows["dense"]["times faster"] == "1.00 (1.00 to 1.00)"
+    assert all(" to " in row["times faster"] for row in rows.values())
+
+
+def test_decode_times_are_paired_and_leave_out_what_has_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moyu_train.reproduce.decode_time.Runner", partial(Runner, compile=False))
+    ids, settings = torch.arange(24), Bench(contexts=(16,), new_tokens=4, rounds=5)
+    rules = {"prompt": [Rule(torch.zeros(96), keep="prompt_topk", share=0.2, prompt=16)] * 2}
+    model, steps = tiny_model(), []
+    monkeypatch.setattr(PromptGatedFFN, "_count", lambda self, *counts: steps.append(counts))
+    found = decode_times(
+        model, rules | {"gate": [Rule(torch.zeros(96), gate="relu", keep="nonzero")] * 2}, ids, settings
+    )
+    assert set(found) == {DENSE, "prompt", "gate"}
+    assert [int(selected) for _, selected, _ in steps[-8:]] == [19] * 8, "the steps that are timed skip"
+    ratios = [a / b for a, b in zip(*(found[name]["seconds_per_token"] for name in (DENSE, "prompt")), strict=True)]
+    assert [found["prompt"][key] for key in ("least", "speedup", "most")] == [sorted(ratios)[i] for i in (0, 2, 4)]
+    assert cell({"speedup": 1.234, "least": 1.1, "most": 1.3}) == "1.23 (1.10 to 1.30)"
+    assert milliseconds({"seconds_per_token": [0.001, 0.003, 0.002]}) == 2
+    assert set(decode_times(tiny_model("phi3"), rules, ids, settings)) == {DENSE}
+    with pytest.raises(MoyuError, match=r"first 16 tokens .* bench.contexts has 8"):
+        decode_times(model, rules, ids, Bench(contexts=(8,), new_tokens=4))
+    with pytest.raises(MoyuError, match="has 24 tokens, and 48 are decoded"):
+        decode_times(model, rules, ids, Bench(contexts=(16,)))
 
 
 def test_late_scores_leave_the_prompt_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import STATE, predictor_names, read_config, read_manifest, tensor_of
+from .dispatch import DISPATCH, start_dispatch
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, resolve_backend
 from .prompt import PromptState, watch_sequences
+from .prompt_ffn import PromptGatedFFN, PromptInt8FFN
 from .quantised import Int8GatedFFN
 from .reading import CheckpointError, reading
 from .rules import Rule, simulate
@@ -29,6 +31,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 FFNS = {"stored": SparseGatedFFN, "int8": Int8GatedFFN}  # by `weights`
+PROMPT_FFNS = {"stored": PromptGatedFFN, "int8": PromptInt8FFN}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -38,6 +41,7 @@ def from_pretrained(
     backend: str = "auto",
     mode: str = "predicted",
     weights: str | None = None,
+    dispatch: str = "off",
 ) -> Any:
     """Load a sparse checkpoint for inference.
 
@@ -49,16 +53,24 @@ def from_pretrained(
             "predicted" becomes "rule", with a warning.
         weights: of the FFN blocks: "stored" decodes them in `dtype`, "int8" rounds them here, after `dtype`, to int8
             with a scale a row (`Int8GatedFFN`); default what the checkpoint was calibrated for.
+        dispatch: "measure" times on this machine, once, up to which density predictors pay, and blocks of which more is
+            selected decode in mode "rule", with a warning: at batch 1, and for a `Runner` at its batch
+            (`dispatch.choose`). "off" leaves all in `mode`.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
         `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
         marker, so that stock transformers refuses what `save_pretrained` writes.
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
-        that takes int8 weights.
+        that takes int8 weights; ValueError for an unknown `dispatch`, or one that has nothing to choose from.
     """
+    if dispatch not in DISPATCH:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; use one of {', '.join(DISPATCH)}")
     with reading(folder):
-        return _from_pretrained(Path(folder), dtype, backend, mode, weights)
+        model = _from_pretrained(Path(folder), dtype, backend, mode, weights)
+    if dispatch == "measure":
+        start_dispatch(model)
+    return model
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None) -> Any:
@@ -69,17 +81,24 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(FFNS)}")
     state = load_file(folder / STATE)
     names = predictor_names(folder, settings, manifest)
-    if mode == "predicted" and not names:
+    masks_from_prompt = bool(settings.get("formula", {}).get("prompt"))
+    if mode == "predicted" and not names and masks_from_prompt:
+        mode = "rule"
+    elif mode == "predicted" and not names:
         found = settings["predictor"]
         what = f"a simulated predictor ({found['family']}, which no op computes)" if found else "no predictor"
         logger.warning("moyu: %s has %s: mode 'rule' is used, which reads every gate row at least", folder, what)
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype)
+    states: list[PromptState] = []
     for index, block in enumerate(block_list):
         threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
         predictor = [tensor_of(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         rule = Rule(threshold, **settings.get("formula", {}))
-        _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
+        watching = _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
+        states += [watching] if watching else []
+    if states:
+        watch_sequences(model, states)
     if mode != "dense":
         _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
     setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
@@ -127,22 +146,20 @@ def _install(
     mode: str,
     backend: str,
     weights: str,
-) -> None:
+) -> PromptState | None:
+    """Put the block in place. Returns: what watches sequences for it, under a rule that keeps by their first tokens."""
     path, layout = block["path"], block["layout"]
     try:
         module: Any = model.get_submodule(path)
     except AttributeError as error:
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
     backend = resolve_backend(backend, next(module.parameters()).device)
-    op, reason = _op_on(backend, rule), simulated_because(module, block, act_name, rule, backend)
-    if op and not reason:
-        projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
-        act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-        keep = rule.count(block["neurons"])
-        ffn = FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
+    reason = simulated_because(module, block, act_name, rule, backend)
+    if not reason:
+        ffn = sparse_ffn(module, block, act_name, rule, predictor, mode, backend, weights)
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, ffn)
-        return
+        return ffn.state if isinstance(ffn, PromptGatedFFN) else None
     if weights == "int8":
         raise CheckpointError(
             f"{folder}: {path} cannot have int8 weights, since {reason}; load it with weights='stored'"
@@ -151,12 +168,34 @@ def _install(
     if mode == "dense":
         if rule.substitutes:
             simulate(module, names, layout, rule, masked=False)
-        return
+        return None
     logger.warning("moyu: %s is simulated: mask after a dense matmul, nothing is skipped, since %s", path, reason)
     state = PromptState(rule.prompt) if rule.prompt else None
-    if state:
-        watch_sequences(model, state)
     simulate(module, names, layout, rule, masked=True, state=state)
+    return state
+
+
+def sparse_ffn(
+    module: Any,
+    block: dict[str, Any],
+    act_name: str,
+    rule: Rule,
+    predictor: list[Tensor],
+    mode: str,
+    backend: str,
+    weights: str = "stored",
+) -> SparseGatedFFN:
+    """The sparse block on the projections of `module`, for which `simulated_because` found nothing.
+
+    Args: block and act_name: as there; the others as for `from_pretrained`, backend resolved.
+    """
+    projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
+    act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
+    if rule.prompt:
+        return PROMPT_FFNS[weights](projections, act, rule, mode, backend)
+    op, keep = _op_on(backend, rule), rule.count(block["neurons"])
+    assert op
+    return FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
 
 
 def _install_inputs(
@@ -194,7 +233,7 @@ def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str
 
 def _op_on(backend: str, rule: Rule) -> str | None:
     """Which rule of the op computes `rule` on a backend; None where none does."""
-    if backend != "triton" or rule.op == "threshold":
+    if backend != "triton" or rule.op in ("threshold", "prompt"):
         return rule.op
     return "threshold" if rule.stock_activation == "relu" else None  # thresholds of zero, with relu as activation
 

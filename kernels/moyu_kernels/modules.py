@@ -169,6 +169,11 @@ class SparseGatedFFN(SparseModule):
         return [getattr(self, f"predictor_{name}") for name in self._predictor]
 
     @property
+    def names_neurons(self) -> bool:
+        """Whether the selected neurons are known before any gate row is read."""
+        return self.mode == "predicted"
+
+    @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up and down, each contiguous `[F, D]`."""
         gate, up, down = (getattr(self, name).weight for name in self._names)
@@ -190,20 +195,28 @@ class SparseGatedFFN(SparseModule):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns the same shape and dtype."""
         rows = x.numel() // self.hidden
-        rule, threshold = self.rule, self.threshold
-        if self.mode == "dense" and rule not in naive.SUBSTITUTES:
-            rule, threshold = "threshold", self.no_threshold
+        rule, threshold = self._rule()
         if rows > MAX_ROWS:
             a, _, kept = naive.ruled_activation(*self._gate_up(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return self._down(a)
         predictor = self.predictor if self.mode == "predicted" else []
-        x_rows = x.reshape(rows, self.hidden)
-        int8 = (self.scales, self.columns)
-        y, counts = self._run(x_rows, *self.weights, threshold, self.act, predictor, rule, self.keep, *int8)
+        y, counts = self.run_op(x.reshape(rows, self.hidden), predictor)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)
+
+    def run_op(self, x: Tensor, predictor: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The op on x `[N, D]`, N up to 8, under `predictor` or, where it is `[]`, the exact rule; counts nothing."""
+        rule, threshold = self._rule()
+        int8 = (self.scales, self.columns)
+        return self._run(x, *self.weights, threshold, self.act, predictor, rule, self.keep, *int8)
+
+    def _rule(self) -> tuple[str, Tensor]:
+        """The op's rule and threshold in this mode."""
+        if self.mode == "dense" and self.rule not in naive.SUBSTITUTES:
+            return "threshold", self.no_threshold
+        return self.rule, self.threshold
 
     def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Dense matmuls: g and u `[..., F]` of x `[..., D]`."""

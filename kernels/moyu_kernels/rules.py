@@ -68,8 +68,8 @@ class Rule:
     @property
     def op(self) -> str | None:
         """The name under which the ops compute this rule, in a gated FFN, and skip what it drops; None: simulated."""
-        if (self.gate, self.up) == ("stock", "stock") and self.keep in ("threshold", "topk"):
-            return self.keep
+        if (self.gate, self.up) == ("stock", "stock") and self.keep != "nonzero":
+            return "prompt" if self.keep.startswith("prompt") else self.keep
         if self.keep != "nonzero" or self.gate == "stock":
             return None
         if self.up == "relu":
@@ -135,12 +135,17 @@ class Rule:
                 f"masks from the prompt need blocks that see sequences [B, T, F], and here is {list(a.shape)}; use "
                 "another sparsifier"
             )
-        first, statistic = state.take(a)
+        first = state.take(a)
         keep = torch.ones_like(a, dtype=torch.bool)
-        if statistic is not None:
-            topk = self.keep == "prompt_topk"
-            keep[:, first:] = self._largest(statistic) if topk else statistic >= self.threshold.to(a.device)
+        if first < a.shape[1]:
+            keep[:, first:] = self.prompt_keeps(state.statistic)
         return keep
+
+    def prompt_keeps(self, statistic: Tensor) -> Tensor:
+        """What is kept after the first tokens, bool of the shape of their statistic `[B, 1, F]`."""
+        if self.keep == "prompt_topk":
+            return self._largest(statistic)
+        return statistic >= self.threshold.to(statistic.device)
 
 
 class Substitution:

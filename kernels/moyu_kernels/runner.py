@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .compiled import CompiledStep
+from .dispatch import choose
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
-from .prompt import has_prompt_masks
+from .prompt import prompt_states
+from .prompt_ffn import PromptGatedFFN
 
 logger = logging.getLogger(__name__)
 
@@ -36,29 +38,37 @@ class Runner:
 
     `compile_seconds` is what the first step took, compilation included.
 
+    A model that was loaded with `dispatch="measure"` gets the modes that are faster at this batch.
+
     Raises: ValueError for a batch outside 1 to 8.
     """
 
     def __init__(self, model: Any, max_length: int, batch: int = 1, compile: bool = True) -> None:
         if not 1 <= batch <= MAX_ROWS:
             raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
-        if compile and has_prompt_masks(model):
-            logger.warning("moyu: steps are not compiled, since the masks of this model are taken from the prompt")
+        self._sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
+        self._prompts = prompt_states(model)
+        if compile and len(self._prompts) > sum(isinstance(module, PromptGatedFFN) for module in self._sparse):
+            logger.warning("moyu: steps are not compiled, since this model's masks from the prompt are simulated")
             compile = False
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile
         self.device = next(model.parameters()).device
-        self._sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
+        if getattr(model, "_moyu_dispatch", False):
+            choose(model, batch)
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._attention = model.config._attn_implementation
         self._steps: dict[Any, CompiledStep] = {}
+        self._told = False
         if self.device.type == "cpu":
             self._swap()
         self.cache = _static_cache(model.config, max_length)
         self.position = 0
         token = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         counts = [module.counts.clone() for module in self._sparse]
-        # The cache takes its shapes from the first call, which must not be a compiled one.
-        self.prefill(token)
+        # The cache takes its shapes from the first call, which must not be a compiled one. Masks from the prompt are
+        # compiled once they are there.
+        first = max((state.tokens for state in self._prompts), default=1)
+        self.prefill(token.expand(batch, max(min(first, max_length - 1), 1)))
         start = time.perf_counter()
         if max_length > 1:
             self.step(token)
@@ -90,12 +100,19 @@ class Runner:
         """Forget all tokens."""
         self.cache.reset()
         self.position = 0
+        for state in self._prompts:
+            state.begin()
 
     def seek(self, position: int) -> None:
         """Go back to `position`: what was decoded from there on is written over by the next steps.
 
-        Raises: ValueError for a position that was not reached.
+        Raises: ValueError for a position that was not reached, or among the tokens that masks are taken from.
         """
+        if any(position < state.seen for state in self._prompts):
+            raise ValueError(
+                f"position {position} is within the {self._prompts[0].seen} tokens that this model's masks are taken "
+                "from; prefill anew"
+            )
         if not 0 <= position <= self.position:
             raise ValueError(f"position {position} is not between 0 and {self.position}, where the runner stands")
         layers: list[Any] = self.cache.layers
@@ -122,7 +139,20 @@ class Runner:
         finally:
             for module, mode in zip(self._sparse, modes, strict=True):
                 module.set_mode(mode)
+        if self._watching and not self._told:
+            logger.warning(
+                "moyu: masks are taken from the first %d tokens, and here are %d: steps until then read all neurons "
+                "and are not compiled",
+                self._prompts[0].tokens,
+                ids.shape[1],
+            )
+            self._told = True
         return output.logits[:, -1]
+
+    @property
+    def _watching(self) -> bool:
+        """Whether blocks still take their masks from the prompt, which happens in Python."""
+        return any(state.active and not state.complete for state in self._prompts)
 
     @torch.no_grad()
     def step(self, token: Tensor | int) -> Tensor:
@@ -134,12 +164,13 @@ class Runner:
         ids = torch.as_tensor(token, device=self.device).reshape(-1, 1)
         self._check(ids)
         self._advance(1)
-        if not self._compile:
+        if not self._compile or self._watching:
             return _step(self.model, self.cache, ids)
         # A compiled step has no guards, so what they would have watched is part of the key.
         key = (torch.get_num_threads(), *((module.mode, module.backend) for module in self._sparse))
         if key not in self._steps:
-            self._steps[key] = CompiledStep(_step, self.model, self.cache)
+            # What watches for new sequences is not compiled; here they begin in `reset`.
+            self._steps[key] = CompiledStep(_bare_step if self._prompts else _step, self.model, self.cache)
         return self._steps[key](ids)
 
     def generate(
@@ -198,6 +229,11 @@ def _static_cache(config: Any, max_length: int) -> Any:
 
 def _step(model: Any, cache: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def _bare_step(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    """`_step` without the model's hooks."""
+    return model.forward(input_ids=ids, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

@@ -18,6 +18,7 @@ from moyu_train.files import read_json, reading
 from moyu_train.models.loading import load_dense
 
 TOLERANCE = 1e-4  # largest relative difference of logits in fp32
+STEPS = 8  # tokens that are decoded one by one
 
 # Runs where neither of our packages can be imported: what a stranger with stock transformers would see.
 STOCK_LOAD = """
@@ -42,9 +43,10 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     """Check a sparse checkpoint and return the figures.
 
     Logits of the kernels' rule mode are compared with stock code under the same rule mask, in fp32, over `tokens`
-    random token ids; both on the int8 weights where the checkpoint decodes with these. A subprocess without our
-    packages must fail to load the folder, with the marker's KeyError; or, where stock code computes the very function,
-    load it and compute the same logits.
+    random token ids after those that a mask is taken from, the last `STEPS` of them decoded one by one; both on the
+    int8 weights where the checkpoint decodes with these. A subprocess without our packages must fail to load the
+    folder, with the marker's KeyError; or, where stock code computes the very function, load it and compute the same
+    logits.
 
     Raises: MoyuError where any of it does not hold.
     """
@@ -53,12 +55,12 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     except CheckpointError as error:
         raise MoyuError(str(error)) from error
     vocabulary = sparse.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    found = sparse(input_ids=ids, use_cache=False).logits
+    rules, predictors = read_state(folder)
+    ids = torch.randint(vocabulary, (1, rules[0].prompt + tokens), generator=torch.Generator().manual_seed(0))
+    found = decode_logits(sparse, ids)
     marker = marker_of(folder)
     del sparse
     stock = load_dense(folder)
-    rules, predictors = read_state(folder)
     inputs = read_inputs(folder)
     with SparseMasks(stock, rules, None, inputs=inputs):
         expected = stock(input_ids=ids, use_cache=False).logits
@@ -76,6 +78,13 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
             f"{str(folder)!r}: stock transformers did not refuse the folder with its marker; it said: {said}"
         )
     return figures | {"stock_refuses": True}
+
+
+def decode_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits `[B, T, V]` of ids `[B, T]`, all but the last `STEPS` in one call and these in one each."""
+    first = model(input_ids=ids[:, :-STEPS], use_cache=True)
+    steps = (model(input_ids=token, past_key_values=first.past_key_values) for token in ids[:, -STEPS:].split(1, 1))
+    return torch.cat([first.logits, *(step.logits for step in steps)], dim=1)
 
 
 def stock_gap(folder: Path, ids: Tensor, logits: Tensor) -> tuple[float | None, str]:

@@ -8,7 +8,7 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -83,7 +83,9 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
             f"the held-out text has {len(text)} tokens in its first document, bench needs {need}; lower "
             "bench.contexts or bench.new_tokens"
         )
-    _, predictors = read_state(folder)
+    rules, predictors = read_state(folder)
+    if rules[0].prompt > min(settings.contexts):
+        raise MoyuError(short_context(rules[0].prompt, settings.contexts))
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
         raise MoyuError(f"{str(folder)!r} has predictors that no op computes (simulated), so no speed to measure")
     started = time.monotonic()
@@ -109,6 +111,13 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     gc.collect()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
+
+
+def short_context(prompt: int, contexts: Sequence[int]) -> str:
+    return (
+        f"masks are taken from the first {prompt} tokens (sparsifier.prompt), which skip nothing, and bench.contexts "
+        f"has {min(contexts)}: raise bench.contexts, or lower sparsifier.prompt"
+    )
 
 
 def make_decoders(dense: Any, runners: dict[str, Any], length: int, settings: Bench) -> dict[tuple[str, int], Decoder]:

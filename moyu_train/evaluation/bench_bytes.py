@@ -34,7 +34,7 @@ def ffn_read(model: Any, blocks: list[FFNBlock]) -> tuple[float, float]:
     for block in blocks:
         module = model.get_submodule(block.path)
         tokens, selected, kept = module.counts.tolist()
-        gates, itemsize = selected if module.mode == "predicted" else tokens * module.neurons, weight_size(module)
+        gates, itemsize = selected if module.names_neurons else tokens * module.neurons, weight_size(module)
         read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
         read += stored_size([module.threshold, *module.predictor]) + scale_bytes(block, itemsize)
         dense += ffn_bytes(block, itemsize)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import Counts, SparseMasks, bytes_skipped
+from moyu_train.evaluation.inloop import Counts, SparseMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, ffn_sha256, find_blocks
 from moyu_train.models.int8 import round_ffn
@@ -213,7 +213,7 @@ class Judge:
         with SparseMasks(*arguments, oracle=True, inputs=self.inputs):
             oracle = score(self.model, self.documents, self.window, f"compare: {what}, oracle").perplexity
         layers = masks.per_layer()
-        skipped = bytes_skipped(self.blocks, masks.counts, predictors, self.itemsize)
+        skipped = masks.bytes_skipped(self.itemsize)
         simulated = form in SIMULATED or self.rules[0].op is None
         row = {
             "bytes_share": sum(map(stored_bytes, predictors)) / self.ffn,

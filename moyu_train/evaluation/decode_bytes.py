@@ -33,10 +33,10 @@ def needed_share(share: float, wished: float) -> float:
 def rows_read(density: float, rule: Rule, predicted: bool) -> float:
     """Rows of a gated FFN's three matrices that are read, in units of its neurons.
 
-    With a predictor that names just the kept neurons `3 density`; under a rule on the gate, exactly, `1 + 2 density`;
-    else gate and up are read and `2 + density`.
+    With a predictor that names just the kept neurons, or a mask from the prompt, `3 density`; under a rule on the gate,
+    exactly, `1 + 2 density`; else gate and up are read and `2 + density`.
     """
-    if predicted:
+    if predicted or rule.prompt:
         return 3 * density
     return 1 + 2 * density if rule.op in ON_GATE else 2 + density
 
@@ -61,7 +61,8 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
     share = ffn / total
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
-    overhead = sum(4 * b.neurons for b in blocks) / ffn  # thresholds, then predictors
+    # Thresholds and masks from the prompt, then predictors.
+    overhead = sum((5 if rule.prompt else 4) * b.neurons for b in blocks) / ffn
     predictor = 0.0
     if recipe.predictor:
         family, settings = resolve("predictor", recipe.predictor, PREDICTORS)

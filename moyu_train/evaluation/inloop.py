@@ -15,6 +15,7 @@ from moyu_kernels.seam import Seam
 from torch import Tensor
 
 from moyu_train.analysis.uplift import largest
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, scale_bytes
 from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.models.state import stored_bytes
@@ -26,7 +27,8 @@ LINE = 64  # bytes of a cache line
 class Counts:
     """Neurons selected (up read; gate too where a predictor selects) and kept (down read), and tokens: fp64 `[L]`.
 
-    The same once more for the rows that decode steps read: at a batch, of the union of its tokens' neurons.
+    The same once more for the rows that decode steps read: at a batch, of the union of its tokens' neurons. Tokens that
+    a mask is taken from are no decode steps.
     """
 
     selected: Tensor
@@ -55,21 +57,34 @@ def line_bytes(size: int) -> int:
 
 
 def bytes_skipped(
-    blocks: list[FFNBlock], counts: Counts, predictors: list[dict[str, Tensor]] | None, itemsize: int
+    blocks: list[FFNBlock],
+    counts: Counts,
+    predictors: list[dict[str, Tensor]] | None,
+    itemsize: int,
+    from_prompt: bool = False,
 ) -> float:
     """Share of the FFN weight bytes that a decode step does not read, at the batch that was counted.
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
-    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales.
+    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales. A mask from the prompt
+    selects as a predictor of one byte a neuron does.
+
+    Raises: MoyuError where no decode step was counted.
     """
+    if not counts.steps.all():
+        raise MoyuError(
+            "no token comes after those that masks are taken from, so no decode step was counted: give longer text, or "
+            "lower sparsifier.prompt"
+        )
     read = dense = 0.0
     for layer, block in enumerate(blocks):
         row = row_bytes(block, itemsize)
         steps, selected = counts.steps[layer].item(), counts.selected_rows[layer].item()
         gated = block.layout != "plain"
-        gates = (selected if predictors else steps * block.neurons) if gated else 0
+        gates = (selected if predictors or from_prompt else steps * block.neurons) if gated else 0
         read += row * (gates + selected + counts.kept_rows[layer].item()) / steps
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
+        read += block.neurons if from_prompt else 0
         read += scale_bytes(block, itemsize)
         dense += ffn_bytes(block, itemsize)
     return 1 - read / dense
@@ -115,19 +130,20 @@ class SparseMasks:
 
     def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
         def count(args: tuple[Tensor, ...], gate: Tensor) -> Tensor:
-            self._count(layer, gate != 0, self.counts.selected, self.counts.selected_rows)
+            self._count(layer, gate != 0, gate != 0, self.counts.selected, self.counts.selected_rows)
             return gate
 
         return count
 
-    def _count(self, layer: int, mask: Tensor, neurons: Tensor, rows: Tensor) -> None:
-        found = mask.sum().item()
-        neurons[layer] += found
-        rows[layer] += mask.any(0).sum().item() if self.batch > 1 else found
+    def _count(self, layer: int, mask: Tensor, decoded: Tensor, neurons: Tensor, rows: Tensor) -> None:
+        """decoded: of `mask`, the tokens that decode steps take."""
+        neurons[layer] += mask.sum().item()
+        rows[layer] += (decoded.any(0) if self.batch > 1 else decoded).sum().item()
 
     def _keep(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
         norm = self.norms[layer] if expert is None else self.norms[layer][expert]
-        rule = self.rules[layer].mask(a, expert) & (a != 0)
+        masked = self.rules[layer].mask(a, expert)
+        rule, prompt = masked & (a != 0), self.rules[layer].prompt
         contribution = a.abs().float() * norm
         if self.predictors:
             scores = self._masking.scores(layer, self.predictors[layer]).view_as(a)
@@ -135,15 +151,18 @@ class SparseMasks:
                 self.observe(layer, scores)
             selected = scores > self.cuts[layer]
             keep = rule & selected
+        elif prompt:
+            selected, keep = masked, rule
         else:
             selected, keep = torch.full_like(rule, layer not in self._gate_seams), rule
         if self.oracle:
             keep = largest(contribution, keep.sum(-1))
         counts = self.counts
-        self._count(layer, selected, counts.selected, counts.selected_rows)
-        self._count(layer, keep, counts.kept, counts.kept_rows)
+        after = slice(prompt, None) if a.ndim == 3 else slice(None)
+        self._count(layer, selected, selected[..., after, :], counts.selected, counts.selected_rows)
+        self._count(layer, keep, keep[..., after, :], counts.kept, counts.kept_rows)
         counts.tokens[layer] += a[..., 0].numel()
-        counts.steps[layer] += a[..., 0].numel() / self.batch
+        counts.steps[layer] += a[..., after, 0].numel() / self.batch
         counts.mass_kept[layer] += (contribution * keep).sum(dtype=torch.float64).item()
         counts.mass_rule[layer] += (contribution * rule).sum(dtype=torch.float64).item()
         counts.ruled[layer] += rule.sum().item()
@@ -175,6 +194,11 @@ class SparseMasks:
                 }
             )
         return rows
+
+    def bytes_skipped(self, itemsize: int) -> float:
+        """`bytes_skipped` of what was counted."""
+        from_prompt = any(rule.prompt for rule in self.rules)
+        return bytes_skipped(self.blocks, self.counts, self.predictors, itemsize, from_prompt)
 
     def neurons_off(self) -> float:
         return 1 - self._share(self.counts.kept)

@@ -14,7 +14,7 @@ from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.data import Documents, overlap
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.extras import Extra, extras
-from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
+from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.files import read_json, reading
 from moyu_train.models.int8 import round_ffn
@@ -50,7 +50,7 @@ def evaluate_checkpoint(
     figures: dict[str, Any] = {
         "scores": sparse,
         "simulated": simulated,  # without an op nothing is skipped
-        "bytes_skipped": None if simulated else bytes_skipped(masks.blocks, masks.counts, predictors, itemsize),
+        "bytes_skipped": None if simulated else masks.bytes_skipped(itemsize),
         "neurons_off": masks.neurons_off(),
         "inputs_off": masks.inputs.off() if inputs else None,
         "layers": masks.per_layer(),
@@ -115,7 +115,6 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     itemsize = weight_itemsize(checkpoint)
-    untouched_skipped = bytes_skipped(masks.blocks, masks.counts, predictors, itemsize)
     variants: dict[str, Scores] = {"dense": dense}
     if run.recipe.control:
         model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
@@ -137,7 +136,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         "ratio_interval": ratio_interval(found["scores"], best),
         "simulated": found["simulated"],
         "bytes_skipped": found["bytes_skipped"],
-        "untouched_bytes_skipped": None if found["simulated"] else untouched_skipped,
+        "untouched_bytes_skipped": None if found["simulated"] else masks.bytes_skipped(itemsize),
         "neurons_off": found["neurons_off"],
         "rule_neurons_off": found["rule_neurons_off"],
         "inputs_off": found["inputs_off"],

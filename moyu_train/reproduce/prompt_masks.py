@@ -1,14 +1,15 @@
 """Masks from the prompt (TDA, GRIFFIN) and token by token (CATS, TEAL, WINA) at matched sparsity, without training.
 
 TEAL and WINA as far as they concern an FFN's neurons: the input of down, by magnitude, and weighed by the norms of the
-weights that read it. Scored after the prompt, where all masks act; masks from the prompt are simulated, so there is no
-time beside them.
+weights that read it. Scored after the prompt, where all masks act, in fp32; timed after it in the export's dtype, all
+in one runner, where an op computes the rule.
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from moyu_kernels.rules import Rule
 
 from moyu_train.analysis.plots import axes_of
 from moyu_train.data import Documents
@@ -21,6 +22,7 @@ from moyu_train.progress import track
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.reproduce.base import Outcome, Reproduction
+from moyu_train.reproduce.decode_time import DENSE, cell, decode_times, milliseconds
 from moyu_train.settings import Method
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.losses import Weights, token_loss
@@ -46,23 +48,35 @@ class PromptMasks(Reproduction):
         model, text = run.dense(), run.test.first(recipe.evaluate.tokens)
         dense = late_scores(model, text, recipe.evaluate.window, "dense")
         found: dict[str, Scores] = {}
+        rules: dict[str, list[Rule]] = {}
         rows: list[dict[str, Any]] = [{"method": "dense", "neurons off": 0.0, "perplexity": dense.perplexity}]
         for name, method in METHODS.items():
             cls, options = resolve("sparsifier", method, SPARSIFIERS)
             density, tokens = 1 - recipe.target_sparsity, recipe.calibrate.tokens
-            rules = calibrate_rule(model, cls, options, density, run.train, tokens, passes=2).rules
-            with SparseMasks(model, rules, None) as masks:
+            rules[name] = calibrate_rule(model, cls, options, density, run.train, tokens, passes=2).rules
+            with SparseMasks(model, rules[name], None) as masks:
                 found[name] = late_scores(model, text, recipe.evaluate.window, name)
             rows.append({"method": name, "neurons off": masks.neurons_off(), "perplexity": found[name].perplexity})
         for row in rows:
             row["over dense"] = row["perplexity"] / dense.perplexity
+        timed = ""
+        if recipe.bench:
+            dtype = getattr(torch, recipe.export.dtype)
+            times = decode_times(model.to(dtype), rules, max(run.test.tokens, key=len), recipe.bench)
+            for row in rows:
+                row["ms a token"] = milliseconds(times[row["method"]]) if row["method"] in times else "simulated"
+                row["times faster"] = cell(times[row["method"]]) if row["method"] in times else "simulated"
+            fastest = max(
+                (name for name in times if name != DENSE), key=lambda name: times[name]["speedup"], default=""
+            )
+            timed = f" {fastest} decodes fastest, {cell(times[fastest])} times dense." if fastest else ""
         low, high = ratio_interval(found["TDA"], found["GRIFFIN"])
         ratio = found["TDA"].perplexity / found["GRIFFIN"].perplexity
         best = min(rows[1:], key=lambda row: row["perplexity"])
         conclusion = (
             f"TDA has {ratio:.3f} times GRIFFIN's perplexity ({low:.3f} to {high:.3f}). Of all masks {best['method']} "
             f"is nearest to dense, {best['over dense']:.3f} times. Neurons off count the prompt, which masks from it "
-            "leave dense."
+            f"leave dense.{timed}"
         )
         figure, axes = axes_of("", f"perplexity over dense, {recipe.target_sparsity:.0%} off")
         axes.bar(range(len(rows) - 1), [row["over dense"] for row in rows[1:]])

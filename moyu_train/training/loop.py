@@ -15,7 +15,7 @@ from moyu_kernels.rules import Rule
 
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
+from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score, side_by_side
 from moyu_train.files import reading
 from moyu_train.models.blocks import find_blocks
@@ -85,7 +85,7 @@ class Loop:
         layers = [{**row, "cut": cut} for row, cut in zip(masks.per_layer(), cuts, strict=True)]
         return {
             "cuts": cuts,
-            "bytes_skipped": bytes_skipped(masks.blocks, masks.counts, self.predictors, self.itemsize),
+            "bytes_skipped": masks.bytes_skipped(self.itemsize),
             "perplexity": perplexity,
             "ppl_over_rule": perplexity / self.rule_perplexity,
             "recall": sum(row["recall"] for row in layers) / len(layers),

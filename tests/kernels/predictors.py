@@ -10,9 +10,11 @@ KINDS = (*FAMILIES, "onebit")  # lowbit has 2 bits or 1
 
 def random_predictor(family: str, hidden: int, neurons: int, rank: int, seed: int = 0) -> list[Tensor]:
     """The tensors of a predictor whose bias is zero (lowrank) or about the middle of the scores (lowbit in 2 bits or,
-    for `onebit`, 1).
+    for `onebit`, 1), or a mask that keeps each neuron for half of the rows (given).
     """
     g = torch.Generator().manual_seed(seed)
+    if family == "given":
+        return [torch.randint(256, (neurons,), generator=g).to(torch.uint8)]
     if family == "lowrank":
         w1, w2 = (
             torch.randint(-127, 128, shape, generator=g).to(torch.int8) for shape in ((rank, hidden), (neurons, rank))

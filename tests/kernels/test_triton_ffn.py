@@ -48,7 +48,7 @@ def make(
 
     x, gate, up, down = normal(n, d), normal(f, d) / d**0.5, normal(f, d) / d**0.5, normal(f, d) / f**0.5
     predictor = random_predictor(family, d, f, r, seed=n + d + f + r) if r else []
-    if r:
+    if r and family != "given":
         predictor[-1] = predictor[-1] + 0.1 * normal(f) + shift
     return {
         "x": x.to(dtype),
@@ -114,6 +114,22 @@ def test_predicted(family: str, n: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 def test_exact(n: int, dtype: torch.dtype) -> None:
     check(make(n, r=0, dtype=dtype))
+
+
+@interpreted
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_given_masks(n: int, dtype: torch.dtype, density: float) -> None:
+    args = make(n, r=0, dtype=dtype)
+    keep = torch.rand(n, 193, generator=torch.Generator().manual_seed(n)) < density
+    args["predictor"] = [naive.pack_mask(keep)]
+    args["threshold"] *= density < 1
+    y, counts = check(args)
+    assert counts[:, 0].tolist() == keep.sum(1).tolist()
+    spoiled = {name: torch.where(keep.any(0)[:, None], args[name], torch.nan) for name in ("gate", "up", "down")}
+    assert torch.equal(run(args | spoiled)[0], y)
+    alone, _ = run(args | {"x": args["x"][:1]})
+    assert torch.equal(alone[0], y[0]), "bits of rows that are not there count for nothing"
 
 
 @interpreted
@@ -234,7 +250,9 @@ def test_library_checks() -> None:
     torch.library.opcheck(triton.gated_ffn, tuple(make(2, 16, 32, 4).values()))
 
 
-@pytest.mark.parametrize(("r", "family", "launches"), [(0, "lowrank", 2), (17, "lowrank", 3), (17, "lowbit", 3)])
+@pytest.mark.parametrize(
+    ("r", "family", "launches"), [(0, "lowrank", 2), (17, "lowrank", 3), (17, "lowbit", 3), (17, "given", 2)]
+)
 def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> None:
     from moyu_kernels.ops.ffn import triton
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -269,7 +287,9 @@ def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> 
         ({"down": torch.zeros(65, 193).T}, r"down has strides \(1, 193\)"),
         ({"threshold": torch.zeros(193, dtype=torch.bfloat16)}, "threshold is torch.bfloat16"),
         ({"gate": torch.zeros(193, 65, device="meta")}, "gate is on meta but x is on cpu"),
-        ({"predictor": [torch.zeros(1)]}, r"predictor has shapes \[\[1\]\]"),
+        ({"predictor": [torch.zeros(1)] * 2}, r"predictor has shapes \[\[1\], \[1\]\]"),
+        ({"predictor": [torch.zeros(193)]}, r"mask is torch.float32 \[193\]: expected torch.uint8 \[193\]"),
+        ({"predictor": [torch.zeros(65, dtype=torch.uint8)]}, r"mask is torch.uint8 \[65\]: expected"),
         ({"predictor": make(1, r=16)["predictor"][:2] + make(1)["predictor"][2:]}, r"w2 is .* \[193, 17\]: expected"),
     ],
 )

@@ -13,6 +13,7 @@ template <class W>
 struct Ffn {
   Matrix<W> gate, up, down;
   const float *threshold, *x;
+  const uint8_t* given;  // [neurons]: the mask, where it was known before the call, else null
   std::optional<LowRank> lowrank;
   std::optional<LowBit> lowbit;
   std::optional<GateFirst<W>> first;
@@ -23,7 +24,9 @@ struct Ffn {
   void select(int64_t range, Selection& s) const {
     s.first = std::max<int64_t>(range, 0) * block;
     s.size = range < 0 ? 0 : std::min(block, neurons - s.first);
-    std::fill(s.mask, s.mask + s.size, lowrank || lowbit || first ? 0 : (1 << rows) - 1);
+    const uint8_t all = (1 << rows) - 1;
+    std::fill(s.mask, s.mask + s.size, lowrank || lowbit || first ? 0 : all);
+    for (int64_t j = 0; given && j < s.size; ++j) s.mask[j] = given[s.first + j] & all;
     if (lowrank) lowrank->select<BLOCK>(s.first, s.size, block, s.mask);
     if (lowbit && s.size) lowbit->select<BLOCK>(s.first, s.size, block, s.mask);
     if (first) first->select(s.first, s.size, s.mask);
@@ -111,6 +114,7 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
              matrix(down, 2),
              data<const float>(threshold),
              wide,
+             predictor.size() == 1 ? data<const uint8_t>(predictor[0]) : nullptr,
              std::nullopt,
              std::nullopt,
              std::nullopt,

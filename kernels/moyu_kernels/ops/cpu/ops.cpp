@@ -13,10 +13,12 @@ namespace moyu {
 
 void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64_t d, int64_t neurons) {
   if (predictor.empty()) return;
-  REQUIRE(predictor.size() == 5 || predictor.size() == 6, op, ": predictor has ", predictor.size(),
-          " tensors, expected none, [w1, s1, w2, s2, bias] or [gate_codes, gate_scale, up_codes, up_scale, weight, "
-          "bias]");
-  if (predictor.size() == 5) {
+  REQUIRE(predictor.size() == 1 || predictor.size() == 5 || predictor.size() == 6, op, ": predictor has ",
+          predictor.size(), " tensors, expected none, [mask], [w1, s1, w2, s2, bias] or [gate_codes, gate_scale, "
+          "up_codes, up_scale, weight, bias]");
+  if (predictor.size() == 1) {
+    check(op, "mask", predictor[0], {neurons}, ScalarType::Byte);
+  } else if (predictor.size() == 5) {
     REQUIRE(predictor[0].dim() == 2 && predictor[0].size(0) >= 1, op, ": predictor w1 has shape ",
             shape_of(predictor[0]), ", expected [R, D]");
     const int64_t rank = predictor[0].size(0);

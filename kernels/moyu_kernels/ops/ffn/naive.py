@@ -35,11 +35,12 @@ WHOLE_ROW = ("statistical_topk", "statistical_topk_soft", "topk")  # rules that 
 ON_GATE = tuple(rule for rule in RULES if rule not in ("threshold", "topk"))  # rules by which a gate drops its neuron
 SUBSTITUTES = ("relu", "fatrelu", "relu2", "drelu")  # rules that are another function, not a mask on the stock one
 
-# Tensors of a predictor by family, in the order in which the ops take them.
+# Tensors of a predictor by family, in the order in which the ops take them. What a checkpoint stores:
 PREDICTORS = {
     "lowrank": ("w1", "s1", "w2", "s2", "bias"),
     "lowbit": ("gate_codes", "gate_scale", "up_codes", "up_scale", "weight", "bias"),
 }
+GIVEN = {"given": ("mask",)}  # a mask that was known before the call, in a predictor's place
 # Those that no op computes yet (simulated.py): masks on a dense model only.
 SIMULATED = {
     "signs": ("signs", "weight", "bias"),
@@ -53,7 +54,7 @@ def predictor_family(predictor: list[Tensor]) -> str:
 
     Raises: ValueError where none has so many.
     """
-    families = PREDICTORS | SIMULATED
+    families = GIVEN | PREDICTORS | SIMULATED
     for family, names in families.items():
         if len(names) == len(predictor):
             return family
@@ -90,11 +91,25 @@ def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor],
 def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype that each tensor of a predictor must have for a block with D and F of `hidden` and `neurons`."""
     vector = ((neurons,), torch.float32)
-    if op_family(predictor) == "lowrank":
+    family = op_family(predictor)
+    if family == "given":
+        return [((neurons,), torch.uint8)]
+    if family == "lowrank":
         rank = len(predictor[0])
         return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
     codes = ((neurons, -(-hidden * code_bits(predictor[0], hidden) // 8)), torch.uint8)
     return [codes, vector, codes, vector, vector, vector]
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """uint8 `[F]`, bit n of byte i: whether row n keeps neuron i; keep bool `[N, F]`, N up to 8."""
+    places = 2 ** torch.arange(len(keep), dtype=torch.uint8, device=keep.device)
+    return (keep * places[:, None]).sum(0, dtype=torch.uint8)
+
+
+def unpack_mask(mask: Tensor, rows: int) -> Tensor:
+    """bool `[N, F]` of the first N rows that went into `pack_mask`."""
+    return ((mask >> torch.arange(rows, dtype=torch.uint8, device=mask.device)[:, None]) & 1).bool()
 
 
 def lowrank_scores(x: Tensor, w1: Tensor, s1: Tensor, w2: Tensor, s2: Tensor, bias: Tensor) -> Tensor:
@@ -229,17 +244,18 @@ def gated_ffn(
     By default a neuron is kept where `abs(a) >= threshold`, under "topk" where `abs(a) / threshold` is among the `keep`
     largest of its row (all that are as large as the last of them). The other rules put something else in place of
     `act(g)` (`ruled_gate`; with "drelu" also `relu(u)` in place of u) and keep what is not zero then. If a predictor is
-    given, only neurons whose score is above zero are kept, and the rule's gate is its activation. Everything after the
+    given, only neurons whose score is above zero are kept, and the rule's gate is its activation. In its place may
+    stand a mask that is known already: bit n says whether row n may keep a neuron (`pack_mask`). Everything after the
     dtype of the weights is fp32; the output is cast back to the dtype of `x`. With `scales` the weights are int8,
     and a row stands for its codes times its scale, one of down also times `columns`: `g = (x @ gate.T) * scales[0]`, u
     alike, `y = ((a * scales[2]) @ down) * columns`.
 
     Args: x `[N, D]`; gate, up, down `[F, D]` of x's dtype, or int8 beside scales `[3, F]` and columns `[D]` fp32;
         threshold `[F]` fp32 (0 keeps all);
-        act a name from `ACTIVATIONS`; predictor `[]` or the tensors of a family in `PREDICTORS`; rule one from `RULES`;
-        keep 1 to F under "topk".
+        act a name from `ACTIVATIONS`; predictor `[]`, `[mask]` with mask uint8 `[F]`, or the tensors of a family in
+        `PREDICTORS`; rule one from `RULES`; keep 1 to F under "topk".
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected, which are those whose up row is needed
-        (by the predictor; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
+        (by the predictor or mask; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
     Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, a `keep` out of range, or int8 without scales.
     """
     if {scales is None, columns is None} != {gate.dtype != torch.int8}:
@@ -253,9 +269,12 @@ def gated_ffn(
         g, u = g * scales[0], u * scales[1]
     a, selected, kept = ruled_activation(g, u, threshold, act, rule, keep)
     if predictor:
-        op_family(predictor)
         function = ACTIVATIONS[act]
-        selected = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold)) > 0
+        if op_family(predictor) == "given":
+            selected = unpack_mask(predictor[0], len(x))
+        else:
+            scored = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold))
+            selected = scored > 0
         kept = kept & selected
     a = torch.where(kept, a, 0.0)
     y = a @ down.float() if scales is None or columns is None else (a * scales[2]) @ down.float() * columns

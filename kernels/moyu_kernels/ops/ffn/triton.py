@@ -1,8 +1,8 @@
 """Gated FFN with a dynamic mask in Triton: the rows of neurons that are not needed are never loaded.
 
 Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor. Two launches, three with a
-predictor; nothing is read back by the host. `triton_kernels.py` tells how the work is split, and why a row does not
-depend on its batch.
+predictor that computes scores; nothing is read back by the host. `triton_kernels.py` tells how the work is split, and
+why a row does not depend on its batch.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..aot import Launch
-from .naive import ACTIVATIONS, PREDICTORS, code_bits, op_family, predictor_shapes
+from .naive import ACTIVATIONS, GIVEN, PREDICTORS, code_bits, op_family, predictor_shapes
 from .triton_kernels import down_kernel, gate_up_kernel
 from .triton_select import hidden_kernel, round_kernel
 
@@ -66,16 +66,18 @@ def plan(
     lists = (values, neurons, lengths, tallies, tickets)
 
     launches = []
-    score: tuple[Tensor | None, ...] = (None,) * 12
+    score: tuple[Tensor | None, ...] = (None,) * 13
     width = min(2048, max(2, triton.next_power_of_2(d)))
     if family == "lowrank":
         hidden, (w1, s1, w2, s2, bias) = empty(n, r), predictor
         launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), {"N": n, "COLUMNS": width}, options))
-        score = (hidden, w2, s2, *(None,) * 8, bias)
+        score = (hidden, w2, s2, *(None,) * 8, bias, None)
     elif family == "lowbit":
         rounded = empty(n, planes * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
         launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"PLANES": planes, "COLUMNS": width}, options))
-        score = (None, None, None, *rounded, *predictor)
+        score = (None, None, None, *rounded, *predictor, None)
+    elif family == "given":
+        score = (*(None,) * 12, *predictor)
     constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": SLOTS, "COLUMNS": columns, "STEPS": steps}
     launches.append(
         Launch(
@@ -133,7 +135,7 @@ def _check(
         )
     if gate.dim() != 2 or 0 in gate.shape:
         raise ValueError(f"gate has shape {list(gate.shape)}: expected [F, D]")
-    names = PREDICTORS[op_family(predictor)] if predictor else ()
+    names = (GIVEN | PREDICTORS)[op_family(predictor)] if predictor else ()
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape
@@ -175,10 +177,11 @@ def gated_ffn(
     scales: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, or 3 with a predictor.
+    """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, 3 with a predictor.
 
     Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
-        `ACTIVATIONS`; predictor `[]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one device.
+        `ACTIVATIONS`; predictor `[]`, `[mask]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one
+        device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
     _check(x, gate, up, down, threshold, act, predictor, rule, scales)

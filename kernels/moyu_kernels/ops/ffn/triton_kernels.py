@@ -21,7 +21,7 @@ from .triton_select import activate, halves, select_lowbit, select_lowrank, zero
 def gate_up_kernel(
     x_ptr, gate_ptr, up_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
-    values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
+    mask_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
     PLANES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,8 @@ def gate_up_kernel(
 
     x `[N, D]`; gate, up `[F, D]`; threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
     `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
-    `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32.
+    `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8,
+    bit n for row n.
     Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the first `lengths[b]` entries of each
     block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets `[C]` int32, zeroed here for
     `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -48,6 +49,8 @@ def gate_up_kernel(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
             bias_ptr, f, F, R, PLANES, ACT, N, BLOCK, 8192 // (BLOCK * PLANES),
         )  # fmt: skip
+    elif mask_ptr is not None:
+        wanted = tl.load(mask_ptr + f, mask=f < F, other=0).to(tl.int32) & ((1 << N) - 1)
     else:
         wanted = tl.where(f < F, (1 << N) - 1, 0)
     chosen = (wanted != 0).to(tl.int32)

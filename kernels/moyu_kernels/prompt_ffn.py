@@ -1,0 +1,132 @@
+"""The sparse FFN block under one mask for a whole sequence, taken from its first tokens (prompt.py)."""
+
+import logging
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from .modules import MAX_ROWS, SparseGatedFFN, activation
+from .ops.ffn.naive import pack_mask
+from .prompt import PromptState
+from .quantised import Int8GatedFFN
+from .rules import Rule
+
+logger = logging.getLogger(__name__)
+
+
+class PromptGatedFFN(SparseGatedFFN):
+    """`SparseGatedFFN` under a rule that keeps by the first `rule.prompt` tokens of a sequence. For inference only.
+
+    These tokens run dense matmuls and are watched; then a step of one token for each of up to 8 sequences runs the op
+    on the neurons kept by any of them, each sequence under its own mask. On the backend "cpu" the rows of these neurons
+    are first gathered, once a sequence, so that steps read them in one stream: their share of the FFN's memory once
+    more. Elsewhere the op picks the rows from the one copy. More tokens or sequences run dense matmuls under the mask.
+
+    Whoever calls the block says where sequences begin: `watch_sequences`, or `state.begin()`.
+
+    Args: rule: `prompt_topk` or `prompt_threshold` on the stock gate and up; the others as there, mode "rule" or
+        "dense".
+
+    Raises: ValueError as there.
+    """
+
+    mask: Tensor
+    state: PromptState
+
+    def __init__(
+        self, projections: dict[str, nn.Linear], act: str, rule: Rule, mode: str = "rule", backend: str = "cpu"
+    ) -> None:
+        self.prompt_rule, self.state = rule, PromptState(rule.prompt)
+        self._rows: list[Tensor] = []
+        super().__init__(projections, act, rule.threshold, [], mode, backend)
+        mask = torch.zeros(self.neurons, dtype=torch.uint8, device=self.threshold.device)
+        self.register_buffer("mask", mask, persistent=False)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """For the rows of all neurons on the CPU: memory that is taken as rows are written."""
+        gather = self.backend == "cpu"
+        self._rows = [torch.empty_like(weight) for weight in self.weights] if gather else []
+        self._scales = torch.empty_like(self.scales) if gather and self.scales is not None else self.scales
+        if self.state.complete:
+            self._gather()
+
+    def set_mode(self, mode: str, backend: str | None = None) -> Self:
+        before = getattr(self, "backend", None)
+        super().set_mode(mode, backend)
+        self.state.active = mode != "dense"
+        if before not in (None, self.backend):
+            self._make_room()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.state.begin()
+        self._make_room()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, D]`, the next tokens of B sequences; returns the same shape and dtype."""
+        if self.mode == "dense":
+            return super().forward(x)
+        if not self.state.complete or x.shape[:-1].numel() > MAX_ROWS or x.ndim != 3 or x.shape[1] > 1:
+            return self._watch(x)
+        self.state.check(x)
+        rows, weights = len(x), self._rows or self.weights
+        x_rows, int8 = x.reshape(rows, self.hidden), (self._scales, self.columns)
+        y, counts = self._run(x_rows, *weights, self.no_threshold, self.act, [self.mask], "threshold", 0, *int8)
+        selected, kept = counts.sum(0)
+        self._count(rows, selected, kept)
+        return y.view(x.shape)
+
+    @torch.compiler.disable
+    def _watch(self, x: Tensor) -> Tensor:
+        """Dense matmuls under the mask, or of tokens that the mask is taken from."""
+        g, u = self._gate_up(x)
+        a = activation(self.act)(g) * u
+        complete = self.state.complete
+        keep = self.prompt_rule.mask(a, state=self.state)
+        if self.state.complete and not complete:
+            self._gather()
+        kept = keep.sum()
+        self._count(x.shape[:-1].numel(), kept, kept)
+        return self._down(torch.where(keep, a, 0.0))
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Make the masks of what was watched those of the next steps, all of them on the device."""
+        keep = self.prompt_rule.prompt_keeps(self.state.statistic)[:, 0]
+        if len(keep) > MAX_ROWS:
+            logger.warning(
+                "moyu: %d sequences at once run dense matmuls under their masks from the prompt, nothing is skipped; "
+                "decode up to %d together",
+                len(keep),
+                MAX_ROWS,
+            )
+            return
+        mask = pack_mask(keep)
+        if not self._rows:
+            self.mask.copy_(mask)
+            return
+        index = mask.nonzero()[:, 0]
+        self.mask.zero_()
+        self.mask[: len(index)] = mask[index]
+        for rows, weight in zip(self._rows, self.weights, strict=True):
+            torch.index_select(weight, 0, index, out=rows[: len(index)])
+        if self.scales is not None and self._scales is not None:
+            self._scales[:, : len(index)] = self.scales[:, index]
+
+    @property
+    def predictor(self) -> list[Tensor]:
+        """What stands in a predictor's place: the mask of the steps, as `pack_mask` makes it."""
+        return [self.mask]
+
+    @property
+    def names_neurons(self) -> bool:
+        return self.mode != "dense"
+
+
+class PromptInt8FFN(PromptGatedFFN, Int8GatedFFN):
+    """`PromptGatedFFN` on int8 rows."""
