@@ -24,6 +24,7 @@ from moyu_train.reproduce.history import histories
 from moyu_train.reproduce.inertia import BASE, PENALTIES, PREDICTED
 from moyu_train.reproduce.locality import loss_at
 from moyu_train.reproduce.prompt_masks import late_scores
+from moyu_train.reproduce.trinity import FAMILIES, METHODS, OURS, reach
 from moyu_train.settings_export import Bench
 
 
@@ -98,6 +99,34 @@ def test_locality_and_prosparse(tiny: Path) -> None:
     rows = run("prosparse", tiny, *relu)["rows"]
     off = [row["neurons off"] for row in rows]
     assert off[0] < off[2] < off[1]  # L1 makes zeros, and in so few steps the constant one has had more of it
+
+
+@pytest.mark.slow
+def test_trinity(tiny: Path) -> None:
+    bench = "{contexts: [130], new_tokens: 4, rounds: 5, threads: [1], compiled: false}"
+    more = ["--predictor", "{name: lowbit}", "--calibrate.bytes_skipped", "0.2", "--bench", bench]
+    figures = run("trinity", tiny, *more, "--finetune.window", "160", "--finetune.batch", "1")
+    rows = {row["method"]: row for row in figures["rows"]}
+    assert list(rows) == list(METHODS)
+    assert all(row["speed"] > 0 and row["over dense"] > 0.9 for row in rows.values())
+    assert rows["GRIFFIN"]["bytes skipped"] > rows["contribution"]["bytes skipped"] > 0
+    assert rows[OURS]["training tokens"] > rows["predicted masks"]["training tokens"] == 0
+    assert rows[OURS]["kernel"] == rows["predicted masks"]["kernel"]
+
+
+def test_reach_tells_kernels_from_masks_and_refusals(tiny: Path) -> None:
+    from moyu_train.recipe import load_recipe
+
+    found = reach(load_recipe(str(tiny), []))
+    assert list(found) == list(FAMILIES)
+    assert (found["llama"], found["opt"], found["mixtral"]) == ("kernel", "simulated", "simulated")
+    drelu = reach(load_recipe(str(tiny), ["--sparsifier", "{name: drelu}"]))
+    assert (drelu["llama"], drelu["opt"]) == ("kernel", "refused")
+
+
+def test_trinity_needs_speed_and_predictors(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["reproduce", "trinity", str(tiny)]) == 1
+    assert "give the recipe `bench` and `predictor`" in capsys.readouterr().err
 
 
 def test_prosparse_needs_its_penalty(tiny: Path, capsys: pytest.CaptureFixture) -> None:
