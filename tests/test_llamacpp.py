@@ -1,5 +1,6 @@
 """llama.cpp itself on files that we wrote: the same logits and tokens as transformers. Needs llama-cpp-python."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,11 @@ import pytest
 import torch
 from test_gguf import FAMILIES, IDS, random_model, save_stock, write
 from transformers import AutoTokenizer
+
+from moyu_train.cli import main
+from moyu_train.evaluation import bench, shapes
+from moyu_train.evaluation.bench_llamacpp import llamacpp_files, load
+from moyu_train.evaluation.shapes import Shape
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -30,3 +36,41 @@ def test_llamacpp_decodes_the_same(name: str, tmp_path: Path) -> None:
         == AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids
     )
     model.close()
+
+
+def test_llamacpp_is_a_row_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", Shape(64, 192, 3, 4, 2, 128, True, built=2))
+    monkeypatch.setattr(bench, "read_bandwidth", lambda buffer: 1e4)
+    options = ["--densities", "0.3", "--quick", "--threads", "1,2", "--json", str(tmp_path / "rows.json")]
+    assert main(["bench", "model", "--shape", "smollm2-135m", *options]) == 0
+    rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["backend"] == "llama.cpp"]
+    names = [(row["op"].removeprefix("decode_llamacpp_"), row["threads"]) for row in rows]
+    assert names == [("f16", 1), ("f16", 2), ("q8_0", 1), ("q8_0", 2)]
+    matrices = 2 * (3 * 192 * 64 + 2 * 64 * 64 + 2 * 64 * 32) + 128 * 64
+    vectors, cache = 4 * 5 * 64, 2 * 2 * 32 * 128 * 2
+    assert rows[0]["bytes"] == 2 * matrices + vectors + cache
+    assert rows[2]["bytes"] == matrices * 34 / 32 + vectors + cache
+    assert rows[2]["weights_over_dtype"] == pytest.approx(34 / 64)
+
+
+def test_forced_tokens_are_those_of_the_model(tmp_path: Path) -> None:
+    """A decoder of the benchmark seeks back and goes on as if what came after had never been there."""
+    dense = random_model("llama")
+    with llamacpp_files(dense) as files:
+        (decoder,) = load(files["llamacpp_f16"], 64, (1,)).values()
+        decoder.prefill(IDS[:, :20])
+        for token in (1, 2, 3):
+            decoder.step(torch.tensor([[token]]))
+        decoder.seek(20)
+        for i in (20, 21):
+            decoder.step(IDS[:, i : i + 1])
+        found = np.ctypeslib.as_array(llama_cpp.llama_get_logits(decoder.llama.ctx), shape=(259,))
+        expected = dense(IDS[:, :22]).logits[0, -1]
+        assert (torch.tensor(found) - expected).norm() < 1e-2 * expected.norm()
+        decoder.llama.close()
+
+
+def test_models_that_llamacpp_computes_otherwise_have_no_row(capsys: pytest.CaptureFixture[str]) -> None:
+    with llamacpp_files(random_model("llama", hidden_act="relu")) as files:
+        assert files == {}
+    assert "it computes SiLU, and this model has relu" in " ".join(capsys.readouterr().err.split())

@@ -12,14 +12,13 @@ import torch
 from gguf import GGUFWriter
 
 from moyu_train.checkpoints.export import check_whole, read_inputs, read_rules, read_weights
-from moyu_train.checkpoints.gguf_model import Entry, check_family, entries, head_size, write_gguf
+from moyu_train.checkpoints.gguf_model import DENSE, Entry, check_family, entries, head_size, write_gguf
 from moyu_train.checkpoints.gguf_vocab import SPLITS, add_vocabulary
 from moyu_train.checkpoints.powerinfer import THRESHOLD, matrices
 from moyu_train.errors import MoyuError
 from moyu_train.models.loading import load_dense, resolve_source, skeleton
 from moyu_train.models.marker import base_activation, marked_rule
 
-DENSE = ("silu", "swish")  # what llama.cpp computes for these architectures
 # PowerInfer's architecture by what stands for the activated gate and for up.
 RELU_GATED = {("relu", "stock"): "llama", ("relu", "relu"): "bamboo"}
 

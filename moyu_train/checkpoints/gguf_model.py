@@ -27,13 +27,14 @@ FILE_TYPES = {
     torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
 }
 # By transformers' model type: the architecture in the file, and whether its rotary embedding turns neighbours, where
-# transformers turns halves. The graphs of all of them are SiLU-gated.
+# transformers turns halves. llama.cpp's graphs of all of them are SiLU-gated.
 FAMILIES = {
     "llama": (gguf.MODEL_ARCH.LLAMA, True),
     "mistral": (gguf.MODEL_ARCH.LLAMA, True),
     "qwen2": (gguf.MODEL_ARCH.QWEN2, False),
     "qwen3": (gguf.MODEL_ARCH.QWEN3, False),
 }
+DENSE = ("silu", "swish")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 PowerInfer computes `fc2 @ relu(fc1 @ h)`, without biases, and takes the neurons whose score reaches one threshold for
 all layers. Its h is the residual *before* the norm in front of the FFN, and ours comes after: `x = h / rms(h) * w`.
 With w in the first matrix, the score is ours times `rms(h)`: of the same sign, and of another size with every token. So
-the threshold is 0, and a cut of another value is refused, as is everything that cannot be said exactly.
+the only cut is 0, and a cut of another value is refused, as is everything that cannot be said exactly.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
 
-THRESHOLD = 0.0
+THRESHOLD = 1e-30  # PowerInfer takes scores from it on, we those above 0; it is 0 where no unit of the ReLU fires
 ARCHITECTURES = ("llama", "mistral")  # model types with which its Llama graph is alike
 FIT = "predictor: {name: mlp, biases: false} and calibrate: {cut: 0}"
 
@@ -53,8 +53,8 @@ def matrices(folder: Path, model: Any) -> list[tuple[Tensor, Tensor]]:
     found = []
     for layer, (block, predictor) in enumerate(zip(find_blocks(model), predictors, strict=True)):
         first, second = _matrices(predictor, layer)
-        norm = model.get_submodule(block.path.rpartition(".")[0]).post_attention_layernorm.weight
-        found.append(_scaled(first * norm.detach().float(), second))
+        assert block.norm is not None  # these architectures have one
+        found.append(_scaled(first * block.norm.float(), second))
     return found
 
 
