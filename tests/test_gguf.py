@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from moyu_kernels.rules import Rule
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tiny import COMMON, CONFIGS, SIZES, bpe, randomised
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -88,6 +89,27 @@ def test_weights_are_stored_as_they_are_and_vectors_in_fp32(tmp_path: Path) -> N
     assert reader.get_field("tokenizer.ggml.merges").contents() == ["t h"]
     assert reader.get_field("tokenizer.ggml.pre").contents() == "gpt-2"
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == 257
+
+
+def save_sentencepiece(folder: Path) -> Path:
+    random_model("llama", vocab_size=320).save_pretrained(folder)
+    text = ["the cat sat on the mat", "that thing there", "another bird", "dogs and cats"] * 20
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    with (folder / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=file, **options)
+    return folder
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(write(save_sentencepiece(tmp_path / "model")))
+    pieces = SentencePieceProcessor(str(tmp_path / "model" / "tokenizer.model"))
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[:300] == [pieces.id_to_piece(i) for i in range(300)]
+    assert tokens[300:] == [f"[PAD{i}]" for i in range(300, 320)]
+    assert reader.get_field("tokenizer.ggml.model").contents() == "llama"
+    scores = reader.get_field("tokenizer.ggml.scores").contents()
+    assert scores[299] == pieces.get_score(299)
+    assert len(scores) == 320
 
 
 def test_a_file_that_reads_back_otherwise_is_gone(

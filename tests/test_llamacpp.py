@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_gguf import FAMILIES, IDS, random_model, save_stock, write
+from sentencepiece import SentencePieceProcessor
+from test_gguf import FAMILIES, IDS, random_model, save_sentencepiece, save_stock, write
 from transformers import AutoTokenizer
 
 from moyu_train.cli import main
@@ -38,19 +39,27 @@ def test_llamacpp_decodes_the_same(name: str, tmp_path: Path) -> None:
     model.close()
 
 
+def test_sentencepiece_is_read_alike(tmp_path: Path) -> None:
+    out = write(save_sentencepiece(tmp_path / "model"))
+    model = llama_cpp.Llama(str(out), vocab_only=True, verbose=False)
+    pieces, text = SentencePieceProcessor(str(tmp_path / "model" / "tokenizer.model")), "that cat sat there, über 12"
+    assert model.tokenize(text.encode(), add_bos=False) == pieces.encode(text)
+    model.close()
+
+
 def test_llamacpp_is_a_row_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", Shape(64, 192, 3, 4, 2, 128, True, built=2))
     monkeypatch.setattr(bench, "read_bandwidth", lambda buffer: 1e4)
-    options = ["--densities", "0.3", "--quick", "--threads", "1,2", "--json", str(tmp_path / "rows.json")]
+    options = ["--densities", "0.3", "--quick", "--threads", "1", "--json", str(tmp_path / "rows.json")]
     assert main(["bench", "model", "--shape", "smollm2-135m", *options]) == 0
     rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["backend"] == "llama.cpp"]
     names = [(row["op"].removeprefix("decode_llamacpp_"), row["threads"]) for row in rows]
-    assert names == [("f16", 1), ("f16", 2), ("q8_0", 1), ("q8_0", 2)]
+    assert names == [("f16", 1), ("q8_0", 1)]  # threads of llama.cpp spin, which takes for ever on a busy machine
     matrices = 2 * (3 * 192 * 64 + 2 * 64 * 64 + 2 * 64 * 32) + 128 * 64
     vectors, cache = 4 * 5 * 64, 2 * 2 * 32 * 128 * 2
     assert rows[0]["bytes"] == 2 * matrices + vectors + cache
-    assert rows[2]["bytes"] == matrices * 34 / 32 + vectors + cache
-    assert rows[2]["weights_over_dtype"] == pytest.approx(34 / 64)
+    assert rows[1]["bytes"] == matrices * 34 / 32 + vectors + cache
+    assert rows[1]["weights_over_dtype"] == pytest.approx(34 / 64)
 
 
 def test_forced_tokens_are_those_of_the_model(tmp_path: Path) -> None:

@@ -26,25 +26,23 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int, splits: tup
     splits: those of llama.cpp's names that the engine knows.
     Raises: MoyuError for a tokenizer that is neither byte-level BPE of a known split nor sentencepiece.
     """
-    sentencepiece = (folder / "tokenizer.model").is_file()
-    if sentencepiece:
-        pieces = [*gguf.SentencePieceVocab(folder).all_tokens()]
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        scores = [score for _, score, _ in pieces] + [-1000.0] * (size - len(pieces))
-        writer.add_token_scores(scores)
-        known = {i: (text.decode("utf-8"), int(kind)) for i, (text, _, kind) in enumerate(pieces)}
-    else:
-        settings = read_json(folder / "tokenizer.json")
-        with reading(folder / "tokenizer.json"):
-            writer.add_tokenizer_model("gpt2")
-            writer.add_tokenizer_pre(_split(settings, folder, splits))
+    file, sentencepiece = folder / "tokenizer.json", (folder / "tokenizer.model").is_file()
+    settings = read_json(file) if file.is_file() or not sentencepiece else {"added_tokens": []}
+    with reading(file):
+        if sentencepiece:
+            pieces = [*gguf.SentencePieceVocab(folder).all_tokens()]
+            known = {i: (text.decode("utf-8"), int(kind)) for i, (text, _, kind) in enumerate(pieces)}
+            writer.add_token_scores([score for _, score, _ in pieces] + [-1000.0] * (size - len(pieces)))
+        else:
             known = {i: (text, int(gguf.TokenType.NORMAL)) for text, i in settings["model"]["vocab"].items()}
-            for token in settings["added_tokens"]:
-                kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-                known[token["id"]] = (token["content"], int(kind))
             if not settings["model"]["merges"]:
                 raise MoyuError(f"the tokenizer in {str(folder)!r} has no merges, and GGUF engines load none without")
+        writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
+        writer.add_tokenizer_pre("default" if sentencepiece else _split(settings, folder, splits))
+        for token in settings["added_tokens"]:
+            kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+            if not sentencepiece or token["id"] not in known:
+                known[token["id"]] = (token["content"], int(kind))
     if max(known) >= size:
         raise MoyuError(f"the tokenizer in {str(folder)!r} has token {max(known)}, and the model {size} embeddings")
     rows = [known.get(i, (f"[PAD{i}]", int(gguf.TokenType.UNUSED))) for i in range(size)]
