@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     foreign = verb("export-predictors", "write a checkpoint's predictors as PowerInfer's converter reads them")
     foreign.add_argument("folder", help="sparse checkpoint")
     foreign.add_argument("out", help="folder for model_0.pt, model_1.pt and so on")
+    gguf = verb("export-gguf", "write one file for llama.cpp (a dense model) or PowerInfer (relu and predictors)")
+    gguf.add_argument("folder", help="of a dense model for llama.cpp, a sparse checkpoint for powerinfer")
+    gguf.add_argument("out", help="file to write")
+    gguf.add_argument("--for", dest="engine", choices=("llama.cpp", "powerinfer"), required=True)
     recipes = verb("recipes", "list the shipped recipes, or copy one")
     recipes.add_argument("--copy", nargs=2, metavar=("NAME", "FILE"))
     cost = verb("step-cost", "time and memory of a training step, over those of the plain Hugging Face Trainer")
@@ -165,6 +169,7 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": on_folder.generate,
         "export-dense": on_folder.export_dense,
+        "export-gguf": on_folder.export_gguf,
         "export-predictors": on_folder.export_predictors,
         "recipes": about.recipes,
         "collect": _collect,

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from moyu_train.errors import MoyuError
 from moyu_train.recipe import load_recipe
 
 
@@ -58,4 +59,16 @@ def export_dense(known: argparse.Namespace) -> dict[str, Any]:
 
     figures = export_dense(Path(known.folder), Path(known.out))
     print_figures("export-dense", figures)
+    return figures
+
+
+def export_gguf(known: argparse.Namespace) -> dict[str, Any]:
+    from moyu_train.analysis.tables import print_figures
+
+    try:
+        from moyu_train.checkpoints.engines import export_gguf
+    except ImportError as error:
+        raise MoyuError("export-gguf needs the package gguf: pip install 'moyu[gguf]'") from error
+    figures = export_gguf(known.folder, Path(known.out), known.engine)
+    print_figures("export-gguf", figures)
     return figures

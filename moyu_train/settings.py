@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-GOALS = ("bytes_skipped", "ppl_over_rule", "recall")  # of `calibrate`, one of them
+GOALS = ("bytes_skipped", "ppl_over_rule", "recall", "cut")  # of `calibrate`, one of them
 
 
 class Section(BaseModel):
@@ -238,6 +238,7 @@ class Calibrate(Section):
     )
     ppl_over_rule: float | None = Field(None, gt=1, description="most perplexity, over that under the rule's own mask")
     recall: float | None = Field(None, gt=0, lt=1, description="least share of the rule's neurons that is selected")
+    cut: float | None = Field(None, description="no search: this cut in all layers; PowerInfer needs 0")
     batch: int = Field(1, ge=1, le=8, description="sequences decoded together: bytes are of the union of their neurons")
     search: int = Field(0, ge=0, description="runs of the model to share out the bytes among the layers; 0: evenly")
 
@@ -250,6 +251,8 @@ class Calibrate(Section):
         if len(named) > 1:
             given = " and ".join(f"{goal} {settings[goal]}" for goal in named)
             raise ValueError(f"calibrate takes one goal, and {given} are given; set all but one to null")
+        if named == ["cut"] and settings.get("search"):
+            raise ValueError(f"calibrate.cut {settings['cut']} leaves nothing to search; set calibrate.search to 0")
         return settings if named else {**settings, "bytes_skipped": 0.45}
 
     @property

@@ -11,6 +11,7 @@ from moyu_kernels.loading import CheckpointError, from_pretrained
 from pydantic import ValidationError
 from tiny import save_tiny, tiny_model, tiny_settings
 
+from moyu_train.analysis.plots import calibration
 from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
@@ -80,6 +81,18 @@ def test_every_goal_is_met_by_the_predictors_that_come_back(parts: tuple, goal: 
     ((name, value),) = goal.items()
     within = {"bytes_skipped": (-0.002, 0.002), "ppl_over_rule": (-0.0025, 0), "recall": (0, 0.005)}[name]
     assert within[0] <= figures[name] - value <= within[1]
+
+
+def test_a_cut_is_taken_as_it_is(parts: tuple) -> None:
+    predictors, figures = calibrated(parts, cut=0.25)
+    for before, after in zip(parts[2], predictors, strict=True):
+        torch.testing.assert_close(after["bias"], before["bias"] - 0.25)
+    assert [layer["cut"] for layer in figures["layers"]] == [0.25, 0.25]
+    assert (figures["rounds"], figures["goal"]) == (1, {"cut": 0.25})
+    assert Calibrate(cut=0).goal == ("cut", 0)
+    assert len(calibration(figures).axes[0].collections) == 2
+    with pytest.raises(ValidationError, match="leaves nothing to search"):
+        Calibrate(cut=0, search=3)
 
 
 def test_layers_that_matter_little_give_their_bytes(parts: tuple) -> None:

@@ -11,15 +11,15 @@ import torch
 from moyu_kernels.ops.ffn.naive import PREDICTORS as WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, gated_ffn, predictor_family, predictor_scores, unpack_codes
 from moyu_kernels.ops.ffn.simulated import PastMean, past_means
-from safetensors.torch import save_file
-from tiny import tiny_model
+from moyu_kernels.rules import Rule
+from tiny import tiny_model, tokenizer
 
+from moyu_train.checkpoints.export import export
 from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score
-from moyu_train.files import write_json
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.state import predictors_from_tensors, predictors_to_tensors, stored_bytes, thresholds_to_tensors
 from moyu_train.predictors import PREDICTORS
@@ -315,14 +315,14 @@ def test_imported_predictors_score_as_they_did(family: str, bias: bool, tmp_path
         assert (scores - expected).norm() < 0.02 * expected.norm()
 
 
-def saved(folder: Path, predictors: list[dict[str, torch.Tensor]]) -> Path:
-    """As much of a sparse checkpoint as there is to say of predictors."""
-    (folder / "moyu").mkdir(parents=True, exist_ok=True)
-    tensors = thresholds_to_tensors([torch.zeros(96) for _ in predictors]) | predictors_to_tensors(predictors)
-    save_file(tensors, folder / "moyu" / "state.safetensors")
-    write_json(folder / "config.json", {"moyu": {"predictor": {"ffn_sha256": "1"}}})
-    write_json(folder / "moyu" / "manifest.json", {"ffn_sha256": "1"})
-    return folder
+def llama_with_norms() -> torch.nn.Module:
+    """Whose norms have weights that are not all 1, one of them 0."""
+    model = tiny_model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.uniform_(0.2, 3, generator=torch.Generator().manual_seed(3))
+            layer.post_attention_layernorm.weight[5] = 0
+    return model
 
 
 @pytest.mark.parametrize("family", ["mlp", *IMPORTED])
@@ -331,32 +331,53 @@ def test_powerinfer_selects_what_the_checkpoint_does(
 ) -> None:
     cls, options = CASES[family]
     options = options | ({"biases": False} if family == "mlp" else {})
-    x = inputs(300)
+    model, residual = llama_with_norms(), 7 * inputs(300)
+    seen = [layer.post_attention_layernorm(residual).detach() for layer in model.model.layers]
     predictors = []
-    for block, cut in zip(find_blocks(tiny_model()), (0.1, 0.4), strict=True):
+    for block, x in zip(find_blocks(model), seen, strict=True):
         predictor = cls(cls.Options(**options), block, CPU)
         contribution = contributions(block, x)
         predictor.observe(x, contribution, contribution > contribution.median())
-        found = predictor.solve()
-        predictors.append(found | {"bias": found["bias"] - cut})
-    out = tmp_path / "out"
-    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 0
+        predictors.append(predictor.solve())
+    rules = [Rule(torch.zeros(96), gate="relu", keep="nonzero") for _ in predictors]
+
+    def exported(folder: Path) -> int:
+        export(llama_with_norms(), tokenizer(), folder, "relu", rules, predictors, cls.form)
+        return main(["export-predictors", str(folder), str(tmp_path / "out")])
+
+    assert exported(tmp_path / "sparse") == 0
     said = capsys.readouterr().out
     assert "2 layers" in said
     threshold = float(said.split()[-1])
-    assert threshold == 1
-    for layer, predictor in enumerate(predictors):
-        state = torch.load(out / f"model_{layer}.pt", weights_only=True)
-        scores = torch.relu(x @ state["fc1.weight"].T) @ state["fc2.weight"].T
+    for layer, (predictor, x) in enumerate(zip(predictors, seen, strict=True)):
+        state = torch.load(tmp_path / "out" / f"model_{layer}.pt", weights_only=True)
+        scores = torch.relu(residual @ state["fc1.weight"].T) @ state["fc2.weight"].T
         chosen = predictor_scores(x, list(predictor.values()), torch.nn.functional.silu) > 0
         assert ((scores >= threshold) == chosen).float().mean() > 0.999  # sums in another order
         assert 0.02 < chosen.float().mean() < 0.98
-    predictors[0]["bias"] = predictors[0]["bias"] + 0.5
-    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 1
-    assert "cuts are -0.4, 0.4, and PowerInfer's one threshold" in capsys.readouterr().err
+    predictors[0]["bias"] = predictors[0]["bias"] - 0.5
+    assert exported(tmp_path / "cut") == 1
+    assert "cut of layer 0 is 0.5, and PowerInfer's predictors read what no norm" in capsys.readouterr().err
     predictors[0]["bias"][3] += 1
-    assert main(["export-predictors", str(saved(tmp_path, predictors)), str(out)]) == 1
+    assert exported(tmp_path / "biases") == 1
     assert "predictor of layer 0 has biases" in capsys.readouterr().err
+
+
+def test_powerinfer_files_are_taken_for_the_residual_that_they_read() -> None:
+    folder = Path(FILES.name) / "powerinfer"
+    model, residual = llama_with_norms(), 7 * inputs(300)
+    residual[:, 5] = 0  # of which the norm leaves nothing
+    for block, layer, module in zip(
+        find_blocks(model), model.model.layers, save_foreign("powerinfer", folder), strict=True
+    ):
+        predictor = PowerInfer(PowerInfer.Options(folder=str(folder)), block, CPU)
+        x = layer.post_attention_layernorm(residual).detach()
+        predictor.observe(x, x)
+        scores = predictor_scores(x, list(predictor.solve().values()), torch.nn.functional.silu)
+        assert ((scores > 0) == (module(residual) > 0)).float().mean() > 0.98  # int8
+    (opt, *_) = find_blocks(tiny_model("opt"))
+    with pytest.raises(MoyuError, match="is for the layers of Llama"):
+        PowerInfer(PowerInfer.Options(folder=str(folder)), opt, CPU)
 
 
 def test_a_shared_trunk_is_one_matrix_and_alone_it_is_lowrank(tmp_path: Path) -> None:

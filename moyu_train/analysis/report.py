@@ -65,8 +65,8 @@ def collect(run: "Run") -> dict[str, Any]:
 
 
 def _timings(timed: dict[str, Any], rounds: int) -> dict[str, Any]:
-    names = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_best_transformers")
-    over = (name for name in ("over_dense_runner", "over_dense_int8") if name in timed)
+    names = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share")
+    over = (name for name in timed if name.startswith("over_"))
     return {name: timed[name] for name in (*names, *over)} | {"bench": timed["rows"], "rounds": rounds}
 
 

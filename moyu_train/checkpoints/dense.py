@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.checkpoint import CheckpointError, read_manifest
 
-from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
+from moyu_train.checkpoints.export import check_whole, read_inputs, read_state, read_weights
 from moyu_train.checkpoints.verify import TOLERANCE, stock_gap
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
@@ -27,10 +26,7 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     Raises: MoyuError where gate or up is another function than the family's, which stock code would put its own for;
         where `out` exists; where stock logits differ.
     """
-    try:
-        read_manifest(folder)
-    except CheckpointError as error:
-        raise MoyuError(str(error)) from error
+    check_whole(folder)
     rules, _ = read_state(folder)
     if rules[0].stock_activation and not read_inputs(folder) and read_weights(folder) == "stored":
         raise MoyuError(

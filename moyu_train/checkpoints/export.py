@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE
+from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE, CheckpointError, read_manifest
 from moyu_kernels.rules import Rule
 from safetensors.torch import save_file
 from torch import Tensor
@@ -106,6 +106,14 @@ def write_manifest(folder: Path, digest: str) -> None:
         "ffn_sha256": digest,
     }
     write_json(folder / MANIFEST, manifest)
+
+
+def check_whole(folder: Path) -> None:
+    """Raises: MoyuError where the folder is not a complete, undamaged sparse checkpoint; every file is hashed."""
+    try:
+        read_manifest(folder)
+    except CheckpointError as error:
+        raise MoyuError(str(error)) from error
 
 
 def read_inputs(folder: Path) -> dict[str, Rule]:

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from moyu_kernels.checkpoint import CheckpointError, read_manifest
-
 from moyu_train import data
-from moyu_train.checkpoints.export import read_weights
+from moyu_train.checkpoints.export import check_whole, read_weights
 from moyu_train.checkpoints.verify import verify
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
@@ -20,10 +18,7 @@ from moyu_train.settings_export import Bench
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
-    try:
-        read_manifest(folder)
-    except CheckpointError as error:
-        raise MoyuError(str(error)) from error
+    check_whole(folder)
     texts = data.read_texts(recipe.data.test, recipe.data.text_field)
     return data.tokenise(texts, load_tokenizer(folder), recipe.data.test, 2)
 

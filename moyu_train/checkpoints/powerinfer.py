@@ -1,7 +1,9 @@
-"""Writes a sparse checkpoint's predictors as PowerInfer's converter reads them: `model_<layer>.pt`, one a layer.
+"""Predictors as PowerInfer computes them: in files for its converter, `model_<layer>.pt`, or in a GGUF file.
 
-PowerInfer computes `fc2 @ relu(fc1 @ x)`, without biases, and takes the neurons whose score reaches one threshold for
-all layers. What that cannot say exactly is refused.
+PowerInfer computes `fc2 @ relu(fc1 @ h)`, without biases, and takes the neurons whose score reaches one threshold for
+all layers. Its h is the residual *before* the norm in front of the FFN, and ours comes after: `x = h / rms(h) * w`.
+With w in the first matrix, the score is ours times `rms(h)`: of the same sign, and of another size with every token. So
+the only cut is 0, and a cut of another value is refused, as is everything that cannot be said exactly.
 """
 
 from pathlib import Path
@@ -11,50 +13,70 @@ import torch
 from moyu_kernels.ops.ffn.naive import predictor_family
 from torch import Tensor
 
-from moyu_train.checkpoints.export import read_state
+from moyu_train.checkpoints.export import check_whole, read_state
 from moyu_train.errors import MoyuError
+from moyu_train.models.blocks import find_blocks
+from moyu_train.models.loading import load_dense
+
+THRESHOLD = 1e-30  # PowerInfer takes scores from it on, we those above 0; it is 0 where no unit of the ReLU fires
+ARCHITECTURES = ("llama", "mistral")  # model types with which its Llama graph is alike
+FIT = "predictor: {name: mlp, biases: false} and calibrate: {cut: 0}"
 
 
 def export_powerinfer(folder: Path, out: Path) -> dict[str, Any]:
-    """Write `model_<layer>.pt` into `out`, fp32 `fc1.weight` `[R, D]` and `fc2.weight` `[F, R]`.
+    """Write `model_<layer>.pt` into `out`, fp32 `fc1.weight` `[R, D]` and `fc2.weight` `[F, R]`."""
+    check_whole(folder)
+    layers = matrices(folder, load_dense(folder, "auto"))
+    out.mkdir(parents=True, exist_ok=True)
+    for index, (fc1, fc2) in enumerate(layers):
+        torch.save({"fc1.weight": fc1, "fc2.weight": fc2}, out / f"model_{index}.pt")
+    return {"folder": str(out), "layers": len(layers), "threshold": THRESHOLD}
 
-    A layer's cut c goes into the scale of its second matrix, so that one threshold (-1, 0 or 1) does for all layers.
-    `lowrank` has no ReLU: its first matrix is written beside its negative, since `relu(z) - relu(-z) = z`.
 
-    Raises: MoyuError for a family that is not of two matrices, for biases that differ, and for cuts of both signs.
+def matrices(folder: Path, model: Any) -> list[tuple[Tensor, Tensor]]:
+    """First `[R, D]` and second `[F, R]` matrix of each layer, fp32, their rows scaled so that float16 holds them.
+
+    `lowrank` has no ReLU: its first matrix is there beside its negative, since `relu(z) - relu(-z) = z`.
+
+    Args: model: of the checkpoint.
+    Raises: MoyuError for an architecture whose FFN input is not known, a family that is not of two matrices, biases,
+        and cuts that are not 0.
     """
     _, predictors = read_state(folder)
     if not predictors:
-        raise MoyuError(f"{str(folder)!r} has no predictors")
-    layers = [_matrices(predictor, index) for index, predictor in enumerate(predictors)]
-    signs = {(cut > 0) - (cut < 0) for _, _, cut in layers}
-    if len(signs) > 1:
-        cuts = ", ".join(f"{cut:.3g}" for _, _, cut in layers)
+        raise MoyuError(f"{str(folder)!r} has no predictors, and PowerInfer computes no FFN without; fit some: {FIT}")
+    if model.config.model_type not in ARCHITECTURES:
         raise MoyuError(
-            f"the layers' cuts are {cuts}, and PowerInfer's one threshold for all fits cuts of one sign; calibrate for "
-            "fewer selected neurons, so that all are positive"
+            f"what PowerInfer's predictors read is known for {', '.join(ARCHITECTURES)}, and {str(folder)!r} is of the "
+            f"architecture {model.config.model_type!r}"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    for index, (fc1, fc2, cut) in enumerate(layers):
-        state = {"fc1.weight": fc1.contiguous(), "fc2.weight": (fc2 / abs(cut) if cut else fc2).contiguous()}
-        torch.save(state, out / f"model_{index}.pt")
-    return {"folder": str(out), "layers": len(layers), "threshold": signs.pop()}
+    found = []
+    for layer, (block, predictor) in enumerate(zip(find_blocks(model), predictors, strict=True)):
+        first, second = _matrices(predictor, layer)
+        assert block.norm is not None  # these architectures have one
+        found.append(_scaled(first * block.norm.float(), second))
+    return found
 
 
-def _matrices(predictor: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, float]:
-    """First and second matrix for a ReLU between them, and the score above which a neuron is selected."""
+def _matrices(predictor: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
+    """First and second matrix for a ReLU between them."""
     family = predictor_family(list(predictor.values()))
     if family not in ("mlp", "lowrank"):
-        raise MoyuError(
-            f"PowerInfer's predictors are two matrices a layer; {family!r} is none: use the predictor 'mlp'"
-        )
+        raise MoyuError(f"PowerInfer's predictors are two matrices a layer; {family!r} is none: fit {FIT}")
     bias = predictor["bias"]
     if (bias != bias[0]).any() or ("b1" in predictor and predictor["b1"].any()):
+        raise MoyuError(f"the predictor of layer {layer} has biases, which PowerInfer's have not; fit {FIT}")
+    if bias[0]:
         raise MoyuError(
-            f"the predictor of layer {layer} has biases, which PowerInfer's have not; fit one without: "
-            "predictor: {name: mlp, biases: false}"
+            f"the cut of layer {layer} is {-bias[0].item():.3g}, and PowerInfer's predictors read what no norm has "
+            f"sized yet, so that only 0 is a cut; fit {FIT}"
         )
     w1, w2 = predictor["w1"] * predictor["s1"][:, None], predictor["w2"] * predictor["s2"][:, None]
-    if family == "lowrank":
-        return torch.cat([w1, -w1]), torch.cat([w2, -w2], dim=1), -bias[0].item()
-    return w1, w2 * predictor["scale"], -bias[0].item()
+    return (torch.cat([w1, -w1]), torch.cat([w2, -w2], dim=1)) if family == "lowrank" else (w1, w2)
+
+
+def _scaled(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The same signs of all scores, with 1 as the largest value of every row."""
+    size = first.abs().amax(1).clamp_min(1e-30)
+    second = second * size
+    return first / size[:, None], second / second.abs().amax(1, keepdim=True).clamp_min(1e-30)

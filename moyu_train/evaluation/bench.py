@@ -1,4 +1,4 @@
-"""Times decoding: stock transformers (eager, compiled) at each thread count, our runner dense, our runner sparse.
+"""Times decoding: stock transformers (eager, compiled) and llama.cpp at each thread count, our runner dense and sparse.
 
 All decode the same forced tokens, interleaved round by round with a reading of the machine's bandwidth, in one dtype.
 A row says what it had to read and what share of the bandwidth of that minute it reached.
@@ -24,6 +24,7 @@ from moyu_train.checkpoints.export import read_state, read_weights
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, inputs_skipped
+from moyu_train.evaluation.bench_llamacpp import KINDS, LlamaCpp, llamacpp_files, load
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.int8 import int8_twin
 from moyu_train.models.loading import load_dense
@@ -102,9 +103,10 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
-        for context in settings.contexts:
-            decoders = make_decoders(dense, runners, context + settings.new_tokens + 1, settings)
-            rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
+        with llamacpp_files(dense) as files:
+            for context in settings.contexts:
+                decoders = make_decoders(dense, runners, context + settings.new_tokens + 1, settings, files)
+                rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()
@@ -120,14 +122,21 @@ def short_context(prompt: int, contexts: Sequence[int]) -> str:
     )
 
 
-def make_decoders(dense: Any, runners: dict[str, Any], length: int, settings: Bench) -> dict[tuple[str, int], Decoder]:
-    """Decoders for `length` tokens by (setting, threads); those of our runner, by setting, get the most threads."""
+def make_decoders(
+    dense: Any, runners: dict[str, Any], length: int, settings: Bench, files: dict[str, Path]
+) -> dict[tuple[str, int], Decoder]:
+    """Decoders for `length` tokens by (setting, threads); those of our runner, by setting, get the most threads.
+
+    files: of llama.cpp, by setting.
+    """
     threads = max(settings.threads)
     decoders: dict[tuple[str, int], Decoder] = {}
     for count in settings.threads:
         decoders["dense_eager", count] = StockDecoder(dense, length, compiled=False)
         if settings.compiled:
             decoders["dense_compiled", count] = StockDecoder(dense, length, compiled=True)
+    for name, file in files.items():
+        decoders |= {(name, count): decoder for count, decoder in load(file, length, settings.threads).items()}
     for name, model in runners.items():
         decoders[name, threads] = moyu_kernels.Runner(model, max_length=length)
     return decoders
@@ -178,6 +187,10 @@ def time_decoders(
     moved_by["sparse"] += read - ffn - inputs_skipped(sparse, itemsize)
     if "dense_int8" in moved_by:
         moved_by["dense_int8"] += ffn_stored - ffn
+    stored = {"sparse": ffn_stored, "dense_int8": ffn_stored}
+    for (name, _), decoder in decoders.items():
+        if isinstance(decoder, LlamaCpp):  # its keys and values are float16
+            moved_by[name], stored[name] = decoder.weights + cache * 2 / itemsize, float(decoder.ffn)
     rows = []
     for (name, count), seconds in times.items():
         moved = moved_by[name]
@@ -203,7 +216,7 @@ def time_decoders(
                 "bandwidth_gb_s": statistics.median(bandwidth),
                 "bandwidth_share": share,
                 "bytes_skipped": 1 - read / ffn_stored if name == "sparse" else 0.0,
-                "weights_over_dtype": ffn_stored / ffn if name in ("sparse", "dense_int8") else 1.0,
+                "weights_over_dtype": stored.get(name, ffn) / ffn,
                 "density": moyu_kernels.density(sparse)[1] if name == "sparse" else 1.0,
             }
         )
@@ -230,7 +243,8 @@ def summary(rows: list[dict[str, Any]], settings: Bench) -> dict[str, Any]:
         "over_best_transformers": {"setting": stock["setting"], "threads": stock["threads"], **paired(sparse, stock)},
         "over_dense_runner": paired(sparse, best["dense_runner"]),
     }
-    return found | ({"over_dense_int8": paired(sparse, best["dense_int8"])} if "dense_int8" in best else {})
+    others = [name for name in ("dense_int8", *KINDS) if name in best]
+    return found | {f"over_{name}": paired(sparse, best[name]) for name in others}
 
 
 def paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

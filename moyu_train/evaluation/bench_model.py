@@ -16,6 +16,7 @@ from moyu_train.checkpoints.export import read_weights
 from moyu_train.checkpoints.folder import bench_folder
 from moyu_train.evaluation.bench import make_decoders, time_decoders
 from moyu_train.evaluation.bench_cases import random_predictor
+from moyu_train.evaluation.bench_llamacpp import KINDS, llamacpp_files
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
 from moyu_train.files import read_json
@@ -31,6 +32,7 @@ BACKENDS = {
     "dense_runner": "cpu",
     "dense_int8": "cpu",
     "sparse": "cpu",
+    **dict.fromkeys(KINDS, "llama.cpp"),
 }
 
 
@@ -69,7 +71,8 @@ def bench_shape_rows(
         for dtype in dtypes:
             dense, runners = random_models(shape, dtype)
             inputs, sparse = ffn_inputs(dense, text), runners["sparse"]
-            decoders = make_decoders(dense, runners, length, settings)
+            with llamacpp_files(dense) as files:
+                decoders = make_decoders(dense, runners, length, settings, files)
             described = {
                 "dtype": str(dtype).removeprefix("torch."),
                 "D": shape.hidden,

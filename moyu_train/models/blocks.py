@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class FFNBlock:
     neurons: int  # F, of one expert
     experts: int = 1
     act: str = ""  # attribute of `module` that holds the activation
+    norm: Tensor | None = field(default=None, repr=False, compare=False)  # [D], of a Llama layer's norm in front
 
     def describe(self) -> dict[str, Any]:
         """The data that the checkpoint's config block records."""
@@ -124,12 +125,21 @@ def find_blocks(model: Any) -> list[FFNBlock]:
         tried = [_match(path, module, *names, act) for names in names_here]
         block = next((result for result in tried if isinstance(result, FFNBlock)), None)
         if block:
-            found.append(block)
+            found.append(replace(block, norm=_norm_in_front(model, path)))
         elif tried:
             near.append(tried[0])
     if not found:
         raise MoyuError(_nothing_found(model, [str(reason) for reason in near]))
     return found
+
+
+def _norm_in_front(model: nn.Module, path: str) -> Tensor | None:
+    """Weight `[D]` of the norm whose output a Llama layer's FFN reads; None where the layer is of another kind."""
+    layer = model.get_submodule(path.rpartition(".")[0])
+    norm = getattr(layer, "post_attention_layernorm", None)
+    if norm is None or hasattr(norm, "bias") or hasattr(layer, "pre_feedforward_layernorm"):
+        return None
+    return norm.weight.detach()
 
 
 def linear_block(model: nn.Module, path: str) -> FFNBlock:

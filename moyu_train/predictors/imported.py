@@ -1,9 +1,10 @@
 """Predictors that were trained elsewhere: two matrices a layer, as DejaVu or PowerInfer save them. Nothing is fitted.
 
 PowerInfer reads `model_<layer>.pt`, state dicts with `fc1.weight` `[R, D]` and `fc2.weight` `[F, R]`, a ReLU between
-them. DejaVu (arXiv 2310.17157) saves that of a Sequential of two linear layers, `0.weight` and `1.weight`, nothing
-between them, in files whose names hold `layer<layer>`. Biases are taken where they are there. The text only gives the
-unit of the scores, their root mean square; cuts are found by calibration.
+them, and gives them the residual (checkpoints/powerinfer.py). DejaVu (arXiv 2310.17157) saves that of a Sequential of
+two linear layers, `0.weight` and `1.weight`, nothing between them, in files whose names hold `layer<layer>`. Biases are
+taken where they are there. The text only gives the unit of the scores, their root mean square; cuts are found by
+calibration.
 """
 
 import pickle
@@ -123,6 +124,18 @@ class DejaVu(Imported):
 
 
 class PowerInfer(Imported):
+    """Its input is the residual in front of the norm whose output, `h / rms(h) * w`, ours is: w is divided out."""
+
     name = "powerinfer"
     form = "mlp"
     keys, relu = ("fc1.weight", "fc2.weight"), True
+
+    def __init__(self, options: Imported.Options, block: FFNBlock, device: torch.device) -> None:
+        super().__init__(options, block, device)
+        if block.norm is None:
+            raise MoyuError(
+                f"predictor 'powerinfer' is for the layers of Llama, in which a norm without bias, "
+                f"post_attention_layernorm, is in front of the FFN; {block.path} has none: use another predictor"
+            )
+        w = block.norm.to(device).float()
+        self.layers[0] = torch.where(w == 0, 0.0, self.layers[0] / w)

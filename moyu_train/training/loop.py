@@ -68,11 +68,14 @@ class Loop:
 
     def run(self, shares: list[float], what: str) -> Point:
         """Figures of the model with a share of each layer's neurons selected (as the guide has it)."""
-        cuts = self.guide.all.levels(shares)
+        return self.run_cuts(self.guide.all.levels(shares), what, len(set(shares)) == 1)
+
+    def run_cuts(self, cuts: list[float], what: str, even: bool) -> Point:
+        """Figures of the model with these cuts; even: whether all layers select alike."""
         point = self._known.get(tuple(cuts))
         if point is None:
             point = self._measure(cuts, f"calibrate in loop {len(self.points) + 1}: {what}")
-            point |= {"even": len(set(shares)) == 1}
+            point |= {"even": even}
             if self.log and PartialState().is_main_process:
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(point) + "\n")
@@ -205,10 +208,13 @@ def calibrate_in_loop(
     goal = settings.goal
     density = (loop.guide.kept.counts.sum() / loop.guide.all.counts.sum()).item()
     even = Allocation(loop.guide, loop.blocks, predictors, itemsize, 0.0, (1.0,) * len(loop.blocks))
-    levels = sorted({min(max(factor * density, LEAST), 0.95) for factor in SWEEP})
-    swept = [(level, loop.run(even.shares(level), "even shares")) for level in levels]
-    level, point = meet(lambda level: loop.run(even.shares(level), "even shares"), goal, swept)
     figures: dict[str, Any] = {"goal": dict([goal]), "batch": settings.batch, "rule_perplexity": loop.rule_perplexity}
+    if goal[0] == "cut":
+        point = loop.run_cuts([goal[1]] * len(loop.blocks), "the cut", even=False)
+    else:
+        levels = sorted({min(max(factor * density, LEAST), 0.95) for factor in SWEEP})
+        swept = [(level, loop.run(even.shares(level), "even shares")) for level in levels]
+        level, point = meet(lambda level: loop.run(even.shares(level), "even shares"), goal, swept)
     if settings.search:
         figures["even"] = {name: point[name] for name in ("bytes_skipped", "ppl_over_rule", "recall")}
         price = price_near([point for _, point in swept], point)
