@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import ATTENTION, register_attention
 from .compiled import CompiledStep
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
 from .prompt import has_prompt_masks
 
 logger = logging.getLogger(__name__)
-
-ATTENTION = "moyu"
 
 
 class Runner:
@@ -75,7 +74,7 @@ class Runner:
                     self._undo.append((parent, name, child))
                     setattr(parent, name, Linear(child))
         if self._attention == "sdpa":
-            _register_attention()
+            register_attention()
             self.model.set_attn_implementation(ATTENTION)
 
     def close(self) -> None:
@@ -206,30 +205,3 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def _register_attention() -> None:
-    """Make `attn_implementation="moyu"` known: `moyu::attend` for a single token, sdpa for all else."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
-        single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
-        if extras or not single or dropout or key.shape[-1] != value.shape[-1] or not key.is_contiguous():
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.moyu.attend.default(query, key, value, attention_mask, scale), None
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
