@@ -90,7 +90,8 @@ class Judge:
         self.documents, self.window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
         self.units = attentions[0].units(settings.unit)
         layers = [i for i in range(len(attentions)) if i not in settings.dense_layers]
-        self.attentions, self.routers, self.fixed = ([part[i] for i in layers] for part in (attentions, routers, fixed))
+        self.attentions = [attentions[i] for i in layers]
+        self.routers, self.fixed = [routers[i] for i in layers], [fixed[i] for i in layers]
         self.dense_layers = [attentions[i] for i in settings.dense_layers]
         self.itemsize = getattr(torch, recipe.export.dtype).itemsize
         reasons = (simulated_because(model, a.block.path, a.block.down) for a in self.attentions)
@@ -105,7 +106,7 @@ class Judge:
     def point(self, density: float, dense: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
         """The row of a density, and what is told beside it."""
         keep, batch = round(density * self.units), self.settings.batch
-        kinds = {"router": self.routers, "oracle": None, "fixed": self.fixed}
+        kinds: dict[str, Routers | None] = {"router": self.routers, "oracle": None, "fixed": self.fixed}
         found = {}
         for name, routers in kinds.items():
             with self.masks(keep, routers, batch) as masks:
