@@ -130,7 +130,8 @@ class Runner:
         Args: token int64 `[batch, 1]`, or an int for batch 1. Returns: logits for the next one `[batch, V]`.
         Raises: ValueError where the cache is full.
         """
-        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1)
+        # Contiguous, since a compiled step reads the strides that it was compiled for: a column of a prompt has others.
+        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1).contiguous()
         self._check(ids)
         self._advance(1)
         if not self._compile:
