@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     families = verb("compare-predictors", "one table of predictor families and operating points, in the loop")
     families.add_argument("recipe", help="recipe, or a model for the defaults")
     families.add_argument("--plot", metavar="FILE", help="perplexity against bytes skipped, as an image")
+    attention = verb("heads", "attention heads named by routers, in the loop, beside the oracle and fixed heads")
+    attention.add_argument("recipe", help="recipe, or a model for the defaults")
     routes = verb("collect", "one table of several finished runs, and their rows with --json")
     routes.add_argument("runs", nargs="+", help="run folders")
     routes.add_argument("--plot", metavar="FILE", help="quality against neurons off, as an image")
@@ -141,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = build_parser()
     known, rest = parser.parse_known_args(arguments)
-    with_settings = ("run", "plan", "step-cost", "inspect", "compare-predictors", "reproduce", *STAGE_VERBS)
+    with_settings = ("run", "plan", "step-cost", "inspect", "compare-predictors", "heads", "reproduce", *STAGE_VERBS)
     if rest and known.verb not in with_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -202,6 +204,8 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
         return plan_command(recipe, known)
     if known.verb == "compare-predictors":
         return _compare_predictors(recipe, known.plot)
+    if known.verb == "heads":
+        return _heads(recipe)
     if known.verb == "run" and known.dry_run:
         print(json.dumps(recipe.model_dump(mode="json"), indent=1))
         return recipe.model_dump(mode="json")
@@ -261,6 +265,16 @@ def _compare_predictors(recipe: Recipe, plot: str | None) -> dict[str, Any]:
     console.print(predictor_table(figures))
     if plot:
         frontier(figures).savefig(plot, dpi=150)
+    return figures
+
+
+def _heads(recipe: Recipe) -> dict[str, Any]:
+    from moyu_train.analysis.tables import console, head_table
+    from moyu_train.evaluation.heads import heads
+    from moyu_train.pipeline import Run
+
+    figures = heads(Run(recipe))
+    console.print(head_table(figures))
     return figures
 
 

@@ -29,7 +29,7 @@ from moyu_train.settings import (
     Penalty,
     Section,
 )
-from moyu_train.settings_export import Bench, Evaluate, Export
+from moyu_train.settings_export import Bench, Evaluate, Export, Heads
 from moyu_train.sparsifiers import SPARSIFIERS
 
 CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model
@@ -60,6 +60,7 @@ class Recipe(Section):
     predictor: Method | None = Method(name="lowbit")
     fit: Fit = Fit()
     compare: Compare = Compare()
+    heads: Heads = Heads()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
     bench: Bench | None = Bench()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from moyu_train.settings import Section
 
@@ -73,3 +73,15 @@ class Bench(Section):
     rounds: int = Field(5, ge=5, description="interleaved rounds; at least 5")
     threads: tuple[int, ...] = (1, 2)
     compiled: bool = Field(True, description="also time dense transformers under torch.compile")
+
+
+class Heads(Section):
+    """Attention heads named by routers, for `moyu heads` (docs/heads.md)."""
+
+    densities: tuple[float, ...] = Field(
+        (0.75, 0.5), min_length=1, description="shares of the units kept of each token"
+    )
+    unit: Literal["head", "group"] = Field("head", description="group: of the heads that share keys and values")
+    dense_layers: tuple[NonNegativeInt, ...] = Field((0,), description="that keep all heads")
+    batch: int = Field(1, ge=1, le=8, description="sequences decoded together: q and o rows are of the union")
+    context: int = Field(2048, ge=1, description="tokens in the cache, for its bytes")

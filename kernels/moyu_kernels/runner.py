@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import ATTENTION, register_attention
 from .compiled import CompiledStep
 from .dispatch import choose
 from .modules import MAX_ROWS, Linear, SparseModule
@@ -20,8 +21,6 @@ from .prompt import prompt_states
 from .prompt_ffn import PromptGatedFFN
 
 logger = logging.getLogger(__name__)
-
-ATTENTION = "moyu"
 
 
 class Runner:
@@ -85,7 +84,7 @@ class Runner:
                     self._undo.append((parent, name, child))
                     setattr(parent, name, Linear(child))
         if self._attention == "sdpa":
-            _register_attention()
+            register_attention()
             self.model.set_attn_implementation(ATTENTION)
 
     def close(self) -> None:
@@ -161,7 +160,8 @@ class Runner:
         Args: token int64 `[batch, 1]`, or an int for batch 1. Returns: logits for the next one `[batch, V]`.
         Raises: ValueError where the cache is full.
         """
-        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1)
+        # Contiguous, since a compiled step reads the strides that it was compiled for: a column of a prompt has others.
+        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1).contiguous()
         self._check(ids)
         self._advance(1)
         if not self._compile or self._watching:
@@ -242,30 +242,3 @@ def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True)
     probabilities[probabilities.cumsum(0) - probabilities >= top_p] = 0.0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
-
-
-def _register_attention() -> None:
-    """Make `attn_implementation="moyu"` known: `moyu::attend` for a single token, sdpa for all else."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
-        single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
-        if extras or not single or dropout or key.shape[-1] != value.shape[-1] or not key.is_contiguous():
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.moyu.attend.default(query, key, value, attention_mask, scale), None
-
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)

@@ -76,6 +76,39 @@ def predictor_table(figures: dict[str, Any]) -> Table:
     return table
 
 
+def head_table(figures: dict[str, Any]) -> Table:
+    """Rows of `heads`."""
+    unit, units = figures["unit"], figures["units"]
+    table = Table(title=f"Attention by {unit} on {figures['tokens']} tokens of {figures['documents']} documents")
+    shares = ("weights_skipped", "cache_skipped", "bytes_skipped")
+    for name in (f"{unit}s", "recall", "mass kept", "weights", "cache", "both", "router", "oracle", "fixed"):
+        table.add_column(name, justify="left" if name == f"{unit}s" else "right")
+    simulated = figures["simulated_because"]
+    for row, point in zip(figures["rows"], figures["points"], strict=True):
+        skipped = (f"{point['would_skip'][name]:.1%}" for name in shares)
+        table.add_row(
+            f"{row['keep']} of {units}",
+            *(_share(row[name]) for name in ("recall", "mass_kept")),
+            *(f"(simulated {share})" if simulated else share for share in skipped),
+            *(f"{row[name]:.3f}" for name in ("router", "oracle", "fixed")),
+        )
+    kernels = figures["kernels"]
+    table.caption = (
+        f"Left the shares of the bytes of all attention layers that a decode step in {figures['dtype']} does not read, "
+        f"of weights (routers counted as read) and of keys and values, at batch {figures['batch']} and "
+        f"{figures['context']} tokens of context; right perplexity over dense ({figures['ppl']['dense']:.2f}). "
+        f"Layers {figures['dense_layers']} keep all heads; keys and values are computed for all tokens. "
+        + (f"Simulated, since {simulated}. " if simulated else "")
+        + (
+            f"Token by token through the ops: {kernels['perplexity']:.3f}, under the masks "
+            f"{kernels['masked_perplexity']:.3f}."
+            if kernels
+            else ""
+        )
+    )
+    return table
+
+
 def calibration_table(figures: dict[str, Any]) -> Table:
     """Figures of a calibration in the loop: the runs of the model by the bytes that they skipped."""
     (goal, value), *_ = figures["goal"].items()

@@ -70,8 +70,10 @@ def evaluate_checkpoint(
         with SparseMasks(model, rules, predictors, inputs=inputs):
             masked = score(model, few, window, "evaluate: masked path").perplexity
         del model
-        exact = decode_perplexity(folder, few, torch.float32)
-        stored = exact if stored_dtype(folder) == torch.float32 else decode_perplexity(folder, few)
+        exact = decode_perplexity(moyu_kernels.from_pretrained(folder, dtype=torch.float32), few)
+        stored = exact
+        if stored_dtype(folder) != torch.float32:
+            stored = decode_perplexity(moyu_kernels.from_pretrained(folder), few)
         figures["kernels"] = stored | {"fp32_perplexity": exact["perplexity"], "masked_perplexity": masked}
         gap = abs(exact["perplexity"] / masked - 1)
         if gap > AGREEMENT:
@@ -83,9 +85,8 @@ def evaluate_checkpoint(
 
 
 @torch.no_grad()
-def decode_perplexity(folder: Path, documents: Documents, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Perplexity of a sparse checkpoint decoded token by token through the kernels, predictors on, from position 0."""
-    model = moyu_kernels.from_pretrained(folder, dtype=dtype)
+def decode_perplexity(model: Any, documents: Documents) -> dict[str, Any]:
+    """Perplexity of a sparse model decoded token by token through the kernels, predictors on, from position 0."""
     ids = documents.tokens[0]
     runner = moyu_kernels.Runner(model, max_length=len(ids))
     runner.reset()

@@ -49,16 +49,7 @@ class PredictorTrainer:
         windows = windows[process.process_index :: process.num_processes]
         path = self.folder / f"sums-{process.process_index}-of-{process.num_processes}.safetensors"
         start = self._resume(path)
-
-        def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
-            x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
-            contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
-            mask: Tensor = self.rules[layer].mask(a, expert)
-            self.predictors[layer].observe(x, contribution, (mask & (a != 0)).view_as(contribution))
-            return mask
-
-        masking = Masking(self.blocks, keep, inputs=True, rules=self.rules)
-        with masking:
+        with self._observing():
             for index in track(range(start, len(windows)), "fit predictors"):
                 ids = windows[index][None].to(device_of(self.model))
                 self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
@@ -69,6 +60,19 @@ class PredictorTrainer:
                 predictor.gather()
         self.predictors[0].together(self.predictors)
         return [predictor.solve() for predictor in track(self.predictors, "solve predictors")]
+
+    def _observing(self) -> Masking:
+        """The masks that the text is read under, with predictors that see what they act on."""
+
+        def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
+            x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
+            contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
+            mask: Tensor = self.rules[layer].mask(a, expert)
+            self.predictors[layer].observe(x, contribution, (mask & (a != 0)).view_as(contribution))
+            return mask
+
+        masking = Masking(self.blocks, keep, inputs=True, rules=self.rules)
+        return masking
 
     def _save(self, path: Path, done: int) -> None:
         tensors = {f"{i}.{k}": v for i, p in enumerate(self.predictors) for k, v in p.state().items()}

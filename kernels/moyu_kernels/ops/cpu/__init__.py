@@ -1,4 +1,4 @@
-"""Native CPU ops: `moyu::gated_ffn`, `sparse_linear`, `linear(s)`, `attend` and the bandwidth yardstick `read_sum`.
+"""Native ops: `moyu::gated_ffn`, `sparse_linear`, `linear(s)`, `head_linear`, `attend`, and the yardstick `read_sum`.
 
 Importing this module declares the ops and their fake versions; `load()` compiles and registers the kernels.
 """
@@ -8,7 +8,6 @@ import logging
 import time
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from ..ffn import naive
@@ -27,7 +26,10 @@ _library.define(
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scales=None) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor)")
-_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+_library.define(
+    "head_linear(Tensor x, Tensor weight, Tensor? bias, Tensor router, Tensor scale, Tensor offset, int keep) -> Tensor"
+)
+_library.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, float scale, bool skip_zero=False) -> Tensor")
 _library.define("read_sum(Tensor buffer) -> Tensor")
 
 
@@ -63,8 +65,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Tensor) -> tupl
     return x.new_empty((x.shape[0], weight.shape[1])), x.new_empty((x.shape[0],), dtype=torch.int32)
 
 
+@torch.library.register_fake("moyu::head_linear")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, router: Tensor, scale: Tensor, offset: Tensor, keep: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 @torch.library.register_fake("moyu::attend")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, skip_zero: bool = False) -> Tensor:
     batch, heads, _, size = q.shape
     return q.new_empty((batch, 1, heads, size))
 
@@ -85,7 +94,8 @@ def load() -> bool:
         _library.impl("linear", naive_linear.linear, "CPU")
         _library.impl("linears", naive_linear.linears, "CPU")
         _library.impl("sparse_linear", naive_linear.sparse_linear, "CPU")
-        _library.impl("attend", _attend, "CPU")
+        _library.impl("head_linear", naive_linear.head_linear, "CPU")
+        _library.impl("attend", naive_linear.attend, "CPU")
         _library.impl("read_sum", lambda buffer: buffer.sum(dtype=torch.int32), "CPU")
         return False
 
@@ -93,11 +103,6 @@ def load() -> bool:
 def status() -> str:
     """Which CPU kernels run here, in a few words; compiles them at first use."""
     return "native, compiled for this machine" if load() else "plain PyTorch (the native kernels could not be built)"
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-    return y.transpose(1, 2).contiguous()
 
 
 def gated_ffn(
@@ -161,16 +166,30 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, threshold: Ten
     return torch.ops.moyu.sparse_linear.default(x, weight, bias, threshold)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention of one new token over a static cache; positions outside the mask's first and last True are not read.
+def head_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, router: Tensor, scale: Tensor, offset: Tensor, keep: int
+) -> Tensor:
+    """`naive.head_linear` of `ops/linear` for 1 to 8 rows; a row's result is bitwise the same in any batch.
 
-    Args: q `[B, H, 1, D]`; k and v `[B, G, L, D]` contiguous, G a divisor of H, of q's dtype; mask bool
-        `[B or 1, 1, 1, L]`, True where a position is seen, at least one in each row.
-    Returns: `[B, 1, H, D]` of q's dtype; fp32 inside.
+    Weight rows of units that no row chooses are not read.
+
+    Args and returns: as there; weight, bias and x bfloat16, float16 or float32, all but x contiguous.
     Raises: RuntimeError where a shape or dtype does not fit, saying which.
     """
     load()
-    return torch.ops.moyu.attend.default(q, k, v, mask, scale)
+    return torch.ops.moyu.head_linear.default(x, weight, bias, router, scale, offset, keep)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, skip_zero: bool = False) -> Tensor:
+    """`naive.attend` of `ops/linear`, fp32 inside; positions outside the mask's first and last True are not read.
+
+    With `skip_zero` neither are keys and values of which all heads are off.
+
+    Args and returns: as there; k and v contiguous.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    return torch.ops.moyu.attend.default(q, k, v, mask, scale, skip_zero)
 
 
 def read_bandwidth(buffer: Tensor | None = None, repeats: int = 3) -> float:

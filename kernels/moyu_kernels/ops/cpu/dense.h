@@ -1,6 +1,7 @@
 // Linear layers and attention for a few tokens.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common.h"
@@ -77,7 +78,8 @@ void attend_head(const W* k, const W* v, const float* q, const uint8_t* mask, in
 }
 
 template <class W>
-void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, float scale, Tensor& y) {
+void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, float scale, bool skip_zero,
+                Tensor& y) {
   const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), stride = padded(d);
   const int64_t groups = heads / k.size(1), positions = k.size(2);
   const int64_t mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
@@ -94,13 +96,18 @@ void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   const W *keys = data<const W>(k), *values = data<const W>(v);
   W* out = data<W>(y);
   for_ranges(batch * heads, [&](int64_t item) {
+    const float* own = wide + item * stride;
+    if (skip_zero && std::all_of(own, own + stride, [](float value) { return value == 0.0f; })) {
+      std::fill_n(out + item * d, d, static_cast<W>(0.0f));
+      return;
+    }
     const int64_t row = item / groups * positions * d;
     const uint8_t* seen = data<const uint8_t>(mask) + item / heads * mask_stride;
     int64_t first = 0, last = positions;
     while (first < last && !seen[first]) ++first;
     while (first < last && !seen[last - 1]) --last;
     float* sum = acc + item * stride;
-    attend_head(keys + row, values + row, wide + item * stride, seen, first, last, d, scale, scores + item * positions,
+    attend_head(keys + row, values + row, own, seen, first, last, d, scale, scores + item * positions,
                 sum);
     for (int64_t i = 0; i < d; ++i) out[item * d + i] = static_cast<W>(sum[place<W>(i)]);
   });

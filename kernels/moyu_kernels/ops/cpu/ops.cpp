@@ -7,6 +7,7 @@
 
 #include "dense.h"
 #include "ffn.h"
+#include "heads.h"
 #include "inputs.h"
 
 namespace moyu {
@@ -125,7 +126,32 @@ std::tuple<Tensor, Tensor> sparse_linear(const Tensor& x, const Tensor& weight, 
   return {y, counts};
 }
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale) {
+Tensor head_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias, const Tensor& router,
+                   const Tensor& scale, const Tensor& offset, int64_t keep) {
+  const char* op = "head_linear";
+  check_input(op, x);
+  REQUIRE(weight.dim() == 2 && weight.size(0) >= 1 && router.dim() == 2 && router.size(0) >= 1 &&
+              weight.size(0) % router.size(0) == 0,
+          op, ": weight has shape ", shape_of(weight), " and router ", shape_of(router),
+          ", expected [U S, D] and [U, D], S rows a unit");
+  const int64_t d = x.size(1), outputs = weight.size(0), units = router.size(0);
+  REQUIRE(keep >= 1 && keep <= units, op, ": keep is ", keep, ", expected 1 to the ", units, " units of the router");
+  check(op, "weight", weight, {outputs, d}, x.scalar_type());
+  if (bias) check(op, "bias", *bias, {outputs}, x.scalar_type());
+  check(op, "router", router, {units, d}, ScalarType::Char);
+  check(op, "scale", scale, {units}, ScalarType::Float);
+  check(op, "offset", offset, {units}, ScalarType::Float);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), outputs});
+  dispatch(x.scalar_type(), op, [&](auto type) {
+    using W = decltype(type);
+    run_head_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, router, data<const float>(scale),
+                       data<const float>(offset), keep, y);
+  });
+  return y;
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& mask, double scale,
+              bool skip_zero) {
   const char* op = "attend";
   REQUIRE(q.dim() == 4 && q.size(2) == 1 && k.dim() == 4 && k.size(1) >= 1 && q.size(1) % k.size(1) == 0, op,
           ": q has shape ", shape_of(q), " and k ", shape_of(k),
@@ -139,7 +165,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
           op, ": mask is ", dtype_name(mask.scalar_type()), " ", shape_of(mask), ", expected bool [", batch,
           " or 1, 1, 1, ", positions, "], dense in its last dimension");
   Tensor y = torch::stable::new_empty(q, {batch, 1, q.size(1), q.size(3)});
-  dispatch(q.scalar_type(), op, [&](auto type) { run_attend<decltype(type)>(q, k, v, mask, scale, y); });
+  dispatch(q.scalar_type(), op, [&](auto type) { run_attend<decltype(type)>(q, k, v, mask, scale, skip_zero, y); });
   return y;
 }
 
@@ -181,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(moyu, CPU, m) {
   m.impl("linear", TORCH_BOX(&moyu::linear));
   m.impl("linears", TORCH_BOX(&moyu::linears));
   m.impl("sparse_linear", TORCH_BOX(&moyu::sparse_linear));
+  m.impl("head_linear", TORCH_BOX(&moyu::head_linear));
   m.impl("attend", TORCH_BOX(&moyu::attend));
   m.impl("read_sum", TORCH_BOX(&moyu::read_sum));
 }

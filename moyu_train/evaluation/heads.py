@@ -1,0 +1,159 @@
+"""`moyu heads`: attention heads named by routers, in the loop, beside the oracle and the same heads for every token."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from moyu_kernels.heads import install_heads, simulated_because
+
+from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
+from moyu_train.evaluation.head_masks import HeadMasks, dense_bytes
+from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
+from moyu_train.evaluation.stage import AGREEMENT, decode_perplexity
+from moyu_train.models.heads import Attention, find_attention
+from moyu_train.training.heads import Routers, fit_routers
+
+if TYPE_CHECKING:
+    from moyu_train.pipeline import Run
+
+
+def check_heads(run: "Run") -> None:
+    """Before any weights are loaded.
+
+    Raises: MoyuError where the model has no attention that is known, or not the layers and heads that are asked for.
+    """
+    settings, attentions = run.recipe.heads, find_attention(run.skeleton)
+    last = len(attentions) - 1
+    if any(layer > last for layer in settings.dense_layers) or len(set(settings.dense_layers)) > last:
+        raise MoyuError(
+            f"heads.dense_layers {list(settings.dense_layers)}: the model has the layers 0 to {last}, and at least one "
+            "has to be sparse; name fewer of these"
+        )
+    numbers = sorted({attention.units(settings.unit) for attention in attentions})
+    if len(numbers) > 1:
+        raise MoyuError(
+            f"heads.unit {settings.unit!r}: layers of this model have {numbers} of them, and as many are kept in all; "
+            "use another model"
+        )
+    for density in settings.densities:
+        keep = round(density * numbers[0])
+        if not 1 <= keep < numbers[0]:
+            raise MoyuError(
+                f"heads.densities {density} keeps {keep} of the {numbers[0]} {settings.unit}s of a layer; give shares "
+                "that keep at least one and not all"
+            )
+
+
+def heads(run: "Run") -> dict[str, Any]:
+    """Rows of the recipe's `heads` on the dense model, one a density.
+
+    A row: `keep` units of each token and layer, but for the dense layers; `recall` and `mass_kept` of the routers, of
+    the oracle's units and their squared contribution, means over layers; of what a dense decode step reads in all
+    attention layers the shares that are not read: `weights_skipped` (of q, k, v and o; routers counted as read),
+    `cache_skipped`, and `bytes_skipped` of both, null where no op skips heads ("simulated"); perplexity over dense with
+    the units of `router`, of `oracle`, and of `fixed`: those of largest mean for every token. `points` tells the rest.
+    """
+    recipe, settings = run.recipe, run.recipe.heads
+    check_heads(run)
+    model = run.dense()
+    attentions = find_attention(model)
+    judge = Judge(run, model, attentions, *fit_routers(run, model, attentions))
+    dense = judge.score("dense")
+    found = [judge.point(density, dense) for density in settings.densities]
+    return {
+        "rows": [row for row, _ in found],
+        "points": [point for _, point in found],
+        "ppl": {"dense": dense.perplexity},
+        "nll": {"dense": dense.nll},
+        "scored": dense.tokens,
+        "unit": settings.unit,
+        "units": judge.units,
+        "dense_layers": list(settings.dense_layers),
+        "batch": settings.batch,
+        "context": settings.context,
+        "dtype": recipe.export.dtype,
+        "simulated_because": judge.simulated,
+        "kernels": judge.through_kernels(recipe.evaluate.kernel_tokens, found[0][0]["keep"]),
+        "fit_tokens": recipe.fit.tokens,
+        "tokens": judge.documents.total,
+        "documents": len(judge.documents.tokens),
+        "test": recipe.data.test.rpartition("/")[2],
+    }
+
+
+class Judge:
+    """Scores masks of heads, all on the same documents. Args: routers, fixed: one a layer."""
+
+    def __init__(self, run: "Run", model: Any, attentions: list[Attention], routers: Routers, fixed: Routers) -> None:
+        recipe, settings = run.recipe, run.recipe.heads
+        self.model, self.settings = model, settings
+        self.documents, self.window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
+        self.units = attentions[0].units(settings.unit)
+        layers = [i for i in range(len(attentions)) if i not in settings.dense_layers]
+        self.attentions = [attentions[i] for i in layers]
+        self.routers, self.fixed = [routers[i] for i in layers], [fixed[i] for i in layers]
+        self.dense_layers = [attentions[i] for i in settings.dense_layers]
+        self.itemsize = getattr(torch, recipe.export.dtype).itemsize
+        reasons = (simulated_because(model, a.block.path, a.block.down) for a in self.attentions)
+        self.simulated = next(filter(None, reasons), "")
+
+    def score(self, what: str) -> Scores:
+        return score(self.model, self.documents, self.window, f"heads: {what}", batch=self.settings.batch)
+
+    def masks(self, keep: int, routers: Routers | None, batch: int) -> HeadMasks:
+        return HeadMasks(self.attentions, self.settings.unit, keep, routers, batch)
+
+    def point(self, density: float, dense: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The row of a density, and what is told beside it."""
+        keep, batch = round(density * self.units), self.settings.batch
+        kinds: dict[str, Routers | None] = {"router": self.routers, "oracle": None, "fixed": self.fixed}
+        found = {}
+        for name, routers in kinds.items():
+            with self.masks(keep, routers, batch) as masks:
+                scores = self.score(f"{keep} of {self.units} {self.settings.unit}s, {name}")
+            found[name] = scores, masks
+        masks = found["router"][1]
+        rest = dense_bytes(self.dense_layers, self.itemsize, self.settings.context, batch)
+        whole = dense_bytes(self.attentions, self.itemsize, self.settings.context, batch)
+        read = masks.bytes_read(self.itemsize, self.settings.context)
+        weights, cache = (1 - (r + part) / (r + all_) for r, part, all_ in zip(rest, read, whole, strict=True))
+        skipped = 1 - (sum(rest) + sum(read)) / (sum(rest) + sum(whole))
+        bytes_ = {"weights_skipped": weights, "cache_skipped": cache, "bytes_skipped": skipped}
+        row = {
+            "density": keep / self.units,
+            "keep": keep,
+            **masks.quality(),
+            **{name: None if self.simulated else value for name, value in bytes_.items()},
+            **{name: scores.perplexity / dense.perplexity for name, (scores, _) in found.items()},
+        }
+        point = {
+            "would_skip": bytes_,
+            "ppl": {name: scores.perplexity for name, (scores, _) in found.items()},
+            "nll": {name: scores.nll for name, (scores, _) in found.items()},
+            "router_interval": ratio_interval(found["router"][0], dense),
+            "router_over_oracle_interval": ratio_interval(found["router"][0], found["oracle"][0]),
+            "layers": masks.per_layer(),
+        }
+        return row, point
+
+    def through_kernels(self, tokens: int, keep: int) -> dict[str, float] | None:
+        """Perplexity of the first tokens decoded one by one by the ops, and under the masks. It changes the model.
+
+        Raises: MoyuError where the two differ.
+        """
+        if self.simulated or not tokens:
+            return None
+        few = Documents([self.documents.tokens[0][: min(tokens, self.window)]])
+        with self.masks(keep, self.routers, batch=1):
+            masked = score(self.model, few, self.window, "heads: masked path").perplexity
+        named = zip(self.attentions, self.routers, strict=True)
+        routers = {attention.block.path: router for attention, router in named}
+        install_heads(self.model, routers, keep, self.attentions[0].block.down)
+        found = decode_perplexity(self.model, few)
+        if abs(found["perplexity"] / masked - 1) > AGREEMENT:
+            raise MoyuError(
+                f"decoding {keep} {self.settings.unit}s by the ops gives perplexity {found['perplexity']:.3f}, the "
+                f"masked path {masked:.3f} on the same {few.total} tokens: they differ by more than {AGREEMENT:.0%}, "
+                "which is a fault of moyu: please report it"
+            )
+        return {**found, "masked_perplexity": masked}
