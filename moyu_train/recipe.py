@@ -146,6 +146,7 @@ def _known(kind: str, name: str, registry: dict[str, str]) -> None:
 
 
 def nearest(word: str, words: Any) -> str:
+    """A question about the most similar of `words`, to end a message with; empty where none is similar."""
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 

@@ -12,6 +12,8 @@ GOALS = ("bytes_skipped", "ppl_over_rule", "recall")  # of `calibrate`, one of t
 
 
 class Section(BaseModel):
+    """Settings that go together: unknown keys are errors, and defaults are checked too."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
@@ -23,6 +25,7 @@ class Method(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
+        """What is given beside the name, not yet checked."""
         return dict(self.model_extra or {})
 
 
@@ -218,6 +221,7 @@ class Optimise(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Of one optimizer step, on one device."""
         return self.window * self.batch * self.accumulation
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import STATE, read_config, read_manifest, tensor_of
 from .loading import config_owner
+from .ops.ffn.naive import ruled_gate
 from .reading import CheckpointError, reading
 from .rules import SUBSTITUTES, Rule
 
@@ -38,7 +39,7 @@ def register() -> None:
 
 
 def read_blocks(folder: str | Path, config: Any) -> list[RuledBlock]:
-    """The FFN blocks of a sparse checkpoint with their rules; gives `config` the stock activation and architecture back.
+    """A sparse checkpoint's FFN blocks with their rules; gives `config` the stock activation and architecture back.
 
     config: the checkpoint's, as transformers reads it.
 
@@ -47,9 +48,7 @@ def read_blocks(folder: str | Path, config: Any) -> list[RuledBlock]:
     with reading(folder):
         folder = Path(folder)
         if not folder.is_dir():
-            raise CheckpointError(
-                f"{str(folder)!r} is no folder here; download the sparse checkpoint, and name its folder"
-            )
+            raise CheckpointError(f"{str(folder)!r} is no folder; download the sparse checkpoint, and name its folder")
         read_manifest(folder)
         _, blocks, settings = read_config(folder)
         if reason := _unsupported(settings, config):
@@ -89,14 +88,16 @@ def _unsupported(settings: dict[str, Any], config: Any) -> str:
 class RuledActivation(nn.Module):
     """What a rule puts in place of `act`, in a class that vLLM does not know, so that it keeps gate and up apart."""
 
+    threshold: Tensor
+
     def __init__(self, act: nn.Module, rule: Rule) -> None:
         super().__init__()
-        self.act, self.rule = act, rule
-        self.register_buffer("threshold", rule.threshold, persistent=False)
+        self.act, self.gate = act, rule.gate_name
+        self.register_buffer("threshold", rule.op_threshold.to(rule.threshold.device), persistent=False)
 
     def forward(self, g: Tensor) -> Tensor:
         """g `[..., F]`, the gate's output (up's in a plain FFN); returns the same shape and dtype."""
-        return self.rule.activate_gate(g, self.act(g), self.act)
+        return ruled_gate(self.gate, g, self.act(g), self.act, self.threshold)
 
 
 def put_activations(model: nn.Module, blocks: list[RuledBlock]) -> None:
