@@ -4,6 +4,8 @@ import copy
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,6 +16,7 @@ from typing import Any
 import moyu_kernels
 import pytest
 import torch
+from in_vllm import ENVIRONMENT
 from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.vllm_plugin import MODEL, put_activations, put_masks, read_blocks, register
 from test_rules import METHODS, PROMPT, calibrated
@@ -149,9 +152,16 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("vllm") / "sparse", "", "threshold", randomised(config))
 
 
-def python(code: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *(["-c", code] if "\n" in code or " " in code else [code]), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+def python(environment: dict[str, str], *arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=900, check=False)
+
+
+def require_device() -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() and not torch.cuda.is_available():
+        pytest.skip("this build of vLLM has no device here")
 
 
 CONFIGURE = """
@@ -165,22 +175,19 @@ print("built by", config.registry.resolve_model_cls(config.architectures, config
 
 
 def test_vllm_finds_the_class_of_a_sparse_checkpoint(plugin: dict[str, str], sparse: Path) -> None:
-    done = python(CONFIGURE, plugin, str(sparse))
+    done = python(plugin, "-c", CONFIGURE, str(sparse))
     assert "built by MoyuForCausalLM" in done.stdout, done.stderr
 
 
 def test_vllm_without_the_plugin_refuses(plugin: dict[str, str], sparse: Path) -> None:
-    done = python(CONFIGURE, plugin | {"VLLM_PLUGINS": ""}, str(sparse))
+    done = python(plugin | {"VLLM_PLUGINS": ""}, "-c", CONFIGURE, str(sparse))
     assert done.returncode
     assert "['MoyuLlamaForCausalLM'] are not supported" in done.stderr
 
 
 def test_vllm_answers_as_the_rule_does(plugin: dict[str, str], sparse: Path) -> None:
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu() and not torch.cuda.is_available():
-        pytest.skip("this build of vLLM has no device here")
-    done = python(str(HERE / "in_vllm.py"), plugin, str(sparse))
+    require_device()
+    done = python(plugin, str(HERE / "in_vllm.py"), str(sparse))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["class"] == "MoyuForCausalLM"
@@ -190,3 +197,30 @@ def test_vllm_answers_as_the_rule_does(plugin: dict[str, str], sparse: Path) -> 
             wanted = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         wanted = wanted.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "quantisation", "lora", "named"),
+    [(2, None, None, "tensor_parallel_size"), (1, "fp8", None, "quantization 'fp8'"), (1, None, {}, "enable_lora")],
+)
+def test_what_would_lose_the_masks_is_refused(world_size: int, quantisation: Any, lora: Any, named: str) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    from moyu_kernels.vllm_model import MoyuForCausalLM
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(model="folder", quantization=quantisation),
+        parallel_config=SimpleNamespace(world_size=world_size),
+        quant_config=quantisation,
+        lora_config=lora,
+    )
+    with pytest.raises(CheckpointError, match=f"without {named}"):
+        MoyuForCausalLM(vllm_config=config)
+
+
+def test_the_block_in_the_docs_runs(plugin: dict[str, str], sparse: Path, tmp_path: Path) -> None:
+    require_device()
+    shutil.copytree(sparse, tmp_path / "runs/mine/export/checkpoint")
+    text = (HERE.parent / "docs" / "engines.md").read_text(encoding="utf-8")
+    (tmp_path / "block.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    done = python(plugin | ENVIRONMENT, "block.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
