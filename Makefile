@@ -2,8 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
+API := moyu_train.api moyu_train.recipe moyu_train.settings moyu_train.settings_export \
+	moyu_train.sparsifiers moyu_train.penalties moyu_train.predictors \
+	moyu_kernels.loading moyu_kernels.runner moyu_kernels.guard moyu_kernels.modules moyu_kernels.rules
 
-.PHONY: quickstart test test-slow lint install demo-model clean
+.PHONY: quickstart test test-slow lint docs install demo-model clean
 
 quickstart: install demo-model  ## the main job on a real model, then its result table
 	$(BIN)/moyu run recipes/smollm2-135m/quickstart.yaml
@@ -19,6 +22,10 @@ lint:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## reference of the Python API, docs/api/index.html
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[docs]'
+	$(BIN)/pdoc --output-directory docs/api $(API)
 
 install: $(VENV)/installed
 

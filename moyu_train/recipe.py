@@ -42,22 +42,24 @@ class RecipeError(MoyuError):
 
 
 class Recipe(Section):
-    model: str = Field(min_length=1)
+    """All settings of a run; only `model` has to be given."""
+
+    model: str = Field(min_length=1, description="hub id, folder or GGUF file of the dense model")
     run: str = Field("", description="run folder; default runs/<recipe name>")
-    seed: int = 0
+    seed: int = Field(0, description="of everything that is random")
     target_sparsity: float = Field(0.6, gt=0, lt=1, description="share of neurons off per token under the rule")
     blocks: tuple[Block, ...] = Field((), description="FFN blocks, where they are not found by structure")
     data: Data = Data()
     analyze: Analyze = Analyze()
-    sparsifier: Method = Method(name="threshold")
+    sparsifier: Method = Field(Method(name="threshold"), description="the rule: which neurons are kept")
     allocation: Allocation = Allocation()
     inputs: Inputs | None = Field(None, description="also sparse inputs of other linear layers")
     calibrate: Calibrate = Calibrate()
     finetune: Optimise = Optimise()
     delta: str = Field("", description="folder of a trained delta to take in place of fine-tuning")
-    penalty: Penalty | None = None
+    penalty: Penalty | None = Field(None, description="a term on activations that joins the loss")
     control: Control | None = Control()
-    predictor: Method | None = Method(name="lowbit")
+    predictor: Method | None = Field(Method(name="lowbit"), description="what names neurons beforehand; null for none")
     fit: Fit = Fit()
     compare: Compare = Compare()
     heads: Heads = Heads()
@@ -145,6 +147,7 @@ def _known(kind: str, name: str, registry: dict[str, str]) -> None:
 
 
 def nearest(word: str, words: Any) -> str:
+    """A question about the most similar of `words`, to end a message with; empty where none is similar."""
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
@@ -152,15 +155,15 @@ def nearest(word: str, words: Any) -> str:
 def _fields_at(location: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
     for part in location:
         if part in model.model_fields:
-            model = _section(model.model_fields[part].annotation) or model
+            model = section_of(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The settings class in an annotation such as `Section | None` or `tuple[Section, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section(part))), None)
+    return next((found for part in get_args(annotation) if (found := section_of(part))), None)
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:

@@ -8,9 +8,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 GOALS = ("bytes_skipped", "ppl_over_rule", "recall", "cut")  # of `calibrate`, one of them
+STATISTIC = "contribution: abs(a) times the norm of the neuron's column of down; magnitude: abs(a)"
 
 
 class Section(BaseModel):
+    """Settings that go together: unknown keys are errors, and defaults are checked too."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
@@ -18,10 +21,11 @@ class Method(BaseModel):
     """A method by its registry name; all other keys are options that the method's own file declares and checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+    name: str = Field(description="of the method; its options stand beside it")
 
     @property
     def options(self) -> dict[str, Any]:
+        """What is given beside the name, not yet checked."""
         return dict(self.model_extra or {})
 
 
@@ -46,10 +50,12 @@ class Penalty(Method):
     """A penalty on activations with its coefficient: one number, or points of (share of the steps, value)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, validate_default=True)
-    coefficient: tuple[tuple[float, float], ...]
-    interpolation: Literal["linear", "sine"] = "sine"
-    adaptive: Adaptive | None = None
-    ratio: Ratio | None = None
+    coefficient: tuple[tuple[float, float], ...] = Field(
+        description="what the penalty is multiplied with: a number, or points (share of the steps, value)"
+    )
+    interpolation: Literal["linear", "sine"] = Field("sine", description="between the points; sine starts flat")
+    adaptive: Adaptive | None = Field(None, description="find the coefficient in a closed loop")
+    ratio: Ratio | None = Field(None, description="raise the coefficient by BlockFFN's rule")
 
     @field_validator("coefficient", mode="before")
     @classmethod
@@ -100,12 +106,14 @@ class Block(Section):
 
 
 class Data(Section):
+    """Text to train on and to be tested on (docs/training.md)."""
+
     train: str | tuple[str, ...] = Field(
         "builtin:state-union-train",
         description="JSON lines, text file, id[:subset[:split]], builtin:<name>, self; or several of them, in a list",
     )
     test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
-    text_field: str = "text"
+    text_field: str = Field("text", description="where a document is in JSON lines and data sets")
     validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
     max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of each training text")
 
@@ -130,7 +138,7 @@ class Inputs(Method):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "threshold"
+    name: str = Field("threshold", description="of the sparsifier: threshold or topk; its options stand beside it")
     modules: str = Field(r"self_attn\.[qkvo]_proj", description="regular expression, found anywhere in the path")
     sparsity: float = Field(gt=0, lt=1, description="share of the inputs that are off")
 
@@ -148,8 +156,10 @@ class Analyze(Section):
     """Beside the uplift curve and needed neurons, always measured: what of history and inertia (docs/analysis.md)."""
 
     tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
-    sparsities: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9)
-    measures: tuple[Literal["history", "inertia", "senses", "causal", "gap", "cett_ppl"], ...] = ("history", "inertia")
+    sparsities: tuple[float, ...] = Field((0.5, 0.7, 0.8, 0.9), description="points of the uplift curve")
+    measures: tuple[Literal["history", "inertia", "senses", "causal", "gap", "cett_ppl"], ...] = Field(
+        ("history", "inertia"), description="what else is measured; none with ()"
+    )
     tau: float = Field(0.2, gt=0, lt=1, description="relative error of an FFN's output that dropping neurons may make")
     density: float | None = Field(None, gt=0, lt=1, description="count so many neurons as active, in place of by tau")
 
@@ -163,9 +173,9 @@ class Analyze(Section):
 class Lora(Section):
     """Low-rank adaptation (arXiv 2106.09685) by peft: only A and B of these projections train, and are merged."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(16, ge=1, description="of A and B")
+    alpha: int = Field(32, gt=0, description="deltas are multiplied with alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the input of A")
     targets: str | tuple[str, ...] = Field("all-linear", description="module names, or one regular expression")
     quantise: Literal["nf4"] | None = Field(
         None,
@@ -174,17 +184,19 @@ class Lora(Section):
 
 
 class Optimise(Section):
-    tokens: int = Field(24_576, ge=1)
+    """Training of the masked model, and, but for the loss, of the dense control."""
+
+    tokens: int = Field(24_576, ge=1, description="training tokens in all, epochs included")
     epochs: int = Field(1, ge=1, description="how often the training text may be gone through to give `tokens`")
     window: int = Field(256, ge=8, description="tokens per training sequence")
     batch: int = Field(4, ge=1, description="sequences per device and micro-batch")
     accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="at its highest, after the warm-up")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    save_steps: int = Field(10, ge=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    save_steps: int = Field(10, ge=1, description="optimizer steps between checkpoints")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the weights in training")
+    activation_checkpointing: bool = Field(False, description="compute activations again in the backward: less memory")
     parent: str = Field(
         "",
         description="dense model to distil from, of the same vocabulary: default a copy of `model`; `control`: the "
@@ -209,10 +221,13 @@ class Optimise(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Of one optimizer step, on one device."""
         return self.window * self.batch * self.accumulation
 
 
 class Control(Section):
+    """The dense control: the same training without a mask, which sparse results are compared with; null for none."""
+
     learning_rates: tuple[float, ...] = Field((1e-5, 3e-5, 1e-4), min_length=1, description="best on validation wins")
     reuse: str = Field("", description="folder of a run with the same text and training settings, to take its control")
 
@@ -224,15 +239,17 @@ class Control(Section):
 
 
 class Fit(Section):
-    tokens: int = Field(49_152, ge=1)
-    window: int = Field(1024, ge=8)
+    """Text that predictors are fitted on."""
+
+    tokens: int = Field(49_152, ge=1, description="training tokens, gone through once")
+    window: int = Field(1024, ge=8, description="tokens per sequence")
     save_every: int = Field(16, ge=1, description="windows between checkpoints")
 
 
 class Calibrate(Section):
     """Text to calibrate on, and the one goal that the predictors' cuts are found for (moyu_train/training/loop.py)."""
 
-    tokens: int = Field(4096, ge=1)
+    tokens: int = Field(4096, ge=1, description="training tokens that levels and cuts are taken from")
     bytes_skipped: float | None = Field(
         None, gt=0, lt=1, description="share of FFN bytes, predictor bytes counted as read; 0.45 where no goal is named"
     )
@@ -268,7 +285,9 @@ class Allocation(Section):
     `learned`: only the mean is held, by one factor on the thresholds of all layers, so that training shares it out.
     """
 
-    method: Literal["uniform", "greedy", "learned"] = "uniform"
+    method: Literal["uniform", "greedy", "learned"] = Field(
+        "uniform", description="every layer alike, by the error of each block before training, or by training"
+    )
     step: float = Field(0.04, gt=0, le=0.25, description="greedy: share of a layer's neurons that is taken at a time")
     most: float = Field(0.98, gt=0, lt=1, description="greedy: sparsity that no layer goes beyond")
 
@@ -282,7 +301,7 @@ class Allocation(Section):
 class Compare(Section):
     """Predictor families for `moyu compare-predictors`; the first is what the others' layers are compared with."""
 
-    model: Literal["finetuned", "dense"] = "finetuned"
+    model: Literal["finetuned", "dense"] = Field("finetuned", description="whose FFN blocks they are fitted to")
     predictors: tuple[Method, ...] = Field(
         (
             Method(name="lowrank", rank=32),
@@ -293,5 +312,6 @@ class Compare(Section):
             Method(name="lowbit", bits=1),
         ),
         min_length=1,
+        description="each with its options",
     )
     bytes_skipped: tuple[float, ...] = Field((0.5, 0.6, 0.7), min_length=1, description="operating points")

@@ -9,11 +9,12 @@ from moyu_train.settings import Section
 
 
 class Export(Section):
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """What the sparse checkpoint holds (docs/checkpoint-format.md)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the weight files")
     weights: Literal["stored", "int8"] = Field(
         "stored", description="of the FFN as they decode: as stored, in `dtype`, or int8 with a scale a neuron's row"
     )
-
     license: str = Field("", description="of the model card, as the hub names it; default what the parent's card says")
     base_model: str = Field("", description="of the model card: the parent's hub id; default `model` where it is one")
 
@@ -31,18 +32,20 @@ class Agreement(Section):
     file: str = Field(description="JSON lines, one question a line")
     field: str = Field("question", description="where the question is")
     prompts: int = Field(20, ge=1, description="the first so many")
-    new_tokens: int = Field(64, ge=1)
+    new_tokens: int = Field(64, ge=1, description="length of a continuation")
 
 
 class Evaluate(Section):
-    window: int = Field(1024, ge=2)
+    """Quality of the exported checkpoint on held-out text, and by tasks (docs/results.md)."""
+
+    window: int = Field(1024, ge=2, description="tokens per window, and how far it moves")
     tokens: int | None = Field(None, ge=2, description="score about so many of the test text; default all of it")
     kernel_tokens: int = Field(1024, ge=0, description="tokens decoded one by one through the kernels for the check")
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks: its own, local_*, those of task_folder, YAML files")
     task_folder: str = Field("", description="folder of task YAML files; all of them where `tasks` is empty")
     task_data: dict[str, str] = Field({}, description="task: local JSON lines file that it reads in place of the hub")
     task_limit: int | None = Field(None, ge=1, description="the first so many examples of each task; default all")
-    agreement: Agreement | None = None
+    agreement: Agreement | None = Field(None, description="compare greedy continuations with the dense parent's")
 
     @model_validator(mode="after")
     def _data_of_tasks(self) -> "Evaluate":
@@ -68,10 +71,12 @@ class Evaluate(Section):
 
 
 class Bench(Section):
-    contexts: tuple[int, ...] = (128,)
-    new_tokens: int = Field(32, ge=2)
+    """Decoding speed (docs/results.md); null for none."""
+
+    contexts: tuple[int, ...] = Field((128,), description="tokens before the ones that are timed")
+    new_tokens: int = Field(32, ge=2, description="tokens that are timed")
     rounds: int = Field(5, ge=5, description="interleaved rounds; at least 5")
-    threads: tuple[int, ...] = (1, 2)
+    threads: tuple[int, ...] = Field((1, 2), description="of the CPU, each timed")
     compiled: bool = Field(True, description="also time dense transformers under torch.compile")
 
 

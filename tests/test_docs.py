@@ -1,35 +1,108 @@
-"""Every command in the docs is one that the command line takes; every file they link to is there."""
+"""Every code block in the docs is taken by what it is for; every setting, verb and file that they name is there."""
 
+import ast
+import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from moyu_kernels.rules import Rule
+from tiny import tiny_model, tokenizer
 from zoo import CASES, table
 
+from moyu_train.checkpoints.export import export
 from moyu_train.cli import build_parser
 from moyu_train.models.blocks import PATTERNS
-from moyu_train.recipe import load_recipe
+from moyu_train.recipe import Recipe, load_recipe, section_of
 
 ROOT = Path(__file__).parent.parent
 DOCS = [path for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+BLOCKS = [
+    (path.relative_to(ROOT).as_posix(), language, block)
+    for path in DOCS
+    for language, block in re.findall(
+        r"^```(\S*)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+]
 COMMANDS = sorted(
-    {
-        line.split("#")[0].strip()
-        for path in DOCS
-        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
-        for line in block.splitlines()
-        if line.strip()
-    }
+    {line.split("#")[0].strip() for _, kind, block in BLOCKS if kind == "bash" for line in block.splitlines()}
 )
+INLINE = sorted({code for path in DOCS for code in re.findall(r"`([^`\n]+)`", path.read_text(encoding="utf-8"))})
 
 
-def test_there_are_commands() -> None:
-    assert any(command.startswith("moyu run") for command in COMMANDS)
+def blocks(language: str) -> list[Any]:
+    """Parameters, `path` and `block`, of the code blocks in one language."""
+    found = [(path, block) for path, kind, block in BLOCKS if kind == language]
+    assert found
+    return [pytest.param(path, block, id=f"{path}-{place}") for place, (path, block) in enumerate(found)]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_block_has_a_test_here() -> None:
+    assert {kind for _, kind, _ in BLOCKS} == {"bash", "python", "yaml", "json", ""}, "a block in another language"
+    for path, kind, block in BLOCKS:
+        assert kind or "moyu " not in block, f"{path}: commands go into a block of bash"
+
+
+def exported(folder: Path) -> Path:
+    model = tiny_model()
+    rules = [Rule(torch.full((96,), 0.01)) for _ in range(2)]
+    export(model, tokenizer(), folder, "threshold", rules, None, None)
+    return folder
+
+
+@pytest.mark.parametrize(("path", "block"), blocks("python"))
+def test_python_runs(path: str, block: str, tmp_path: Path) -> None:
+    """In a folder where a run of `mine.yaml` has exported a tiny model."""
+    if "vllm" in block:
+        pytest.skip("tests/test_vllm.py runs it, where vLLM is installed")
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and importlib.util.find_spec(str(node.module).split(".")[0]) is None:
+            pytest.skip(f"{node.module} is not installed")
+    exported(tmp_path / "runs/mine/export/checkpoint")
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("path", "block"), blocks("yaml"))
+def test_yaml_is_part_of_a_recipe(path: str, block: str) -> None:
+    Recipe.model_validate({"model": "someone/model", **yaml.safe_load(block)})
+
+
+@pytest.mark.parametrize(("path", "block"), blocks("json"))
+def test_json_has_the_keys_of_an_export(path: str, block: str, tmp_path: Path) -> None:
+    written = json.loads("{" + block.replace("{…}", "{}") + "}")
+    real = json.loads((exported(tmp_path / "checkpoint") / "config.json").read_text(encoding="utf-8"))
+    assert written["moyu"].keys() == real["moyu"].keys()
+    assert written["moyu"]["blocks"][0].keys() == real["moyu"]["blocks"][0].keys()
+
+
+def test_verbs_in_the_prose_are_there() -> None:
+    verbs = {code.split()[1] for code in INLINE if re.match(r"moyu [a-z]", code)}
+    known = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
+    assert len(verbs) > 10
+    assert verbs <= set(known)
+
+
+def test_settings_in_the_prose_are_there() -> None:
+    named = [code.removeprefix("--").split(":")[0].split() for code in INLINE]
+    dotted = {words[0] for words in named if words and re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", words[0])}
+    settings = {name for name in dotted if name.split(".")[0] in Recipe.model_fields}
+    assert len(settings) > 30
+    for name in settings:
+        model: Any = Recipe
+        for key in name.split("."):
+            assert key in model.model_fields or model.model_config["extra"] == "allow", name
+            model = section_of(model.model_fields[key].annotation) if key in model.model_fields else None
+
+
+@pytest.mark.parametrize("command", filter(None, COMMANDS))
 def test_commands_are_valid(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":

@@ -101,12 +101,12 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         watch_sequences(model, states)
     if mode != "dense":
         _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
-    setattr(_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
+    setattr(config_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
 
 
-def _owner(config: Any, field: str) -> Any:
+def config_owner(config: Any, field: str) -> Any:
     """The config object that holds the field: the config itself, or the text part of a multimodal one."""
     return config if field in config.to_dict() else config.get_text_config()
 
@@ -116,7 +116,7 @@ def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | Non
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    owner, field = _owner(config, settings["activation_field"]), settings["activation_field"]
+    owner, field = config_owner(config, settings["activation_field"]), settings["activation_field"]
     marker = getattr(owner, field)
     setattr(owner, field, settings["activation"])
     name = settings["architectures"][0]

@@ -34,6 +34,7 @@ def check_mode(mode: str) -> None:
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of a name in `naive.ACTIVATIONS`."""
     return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
 
 
@@ -166,6 +167,7 @@ class SparseGatedFFN(SparseModule):
 
     @property
     def predictor(self) -> list[Tensor]:
+        """Its tensors in the order of `naive.PREDICTORS`; none where the block has no predictor."""
         return [getattr(self, f"predictor_{name}") for name in self._predictor]
 
     @property

@@ -74,7 +74,7 @@ class Rule:
             return None
         if self.up == "relu":
             return "drelu" if self.gate == "relu" else None
-        return self._gate_name
+        return self.gate_name
 
     def count(self, neurons: int) -> int:
         """Neurons that "topk" keeps of `neurons`, ties aside."""
@@ -88,7 +88,8 @@ class Rule:
         return torch.full(self.threshold.shape[-1:], NormalDist().inv_cdf(1 - self.share))
 
     @property
-    def _gate_name(self) -> str:
+    def gate_name(self) -> str:
+        """The gate as `ruled_gate` names it."""
         return "gate_threshold" if self.gate == "threshold" else self.gate
 
     @property
@@ -101,9 +102,10 @@ class Rule:
         if self.gate == "stock":
             return stock
         threshold = self.op_threshold.to(g.device)
-        return self._blend(stock, ruled_gate(self._gate_name, g, stock, act, threshold))
+        return self._blend(stock, ruled_gate(self.gate_name, g, stock, act, threshold))
 
     def activate_up(self, u: Tensor) -> Tensor:
+        """What stands for u; u `[..., F]`."""
         return u if self.up == "stock" else self._blend(u, torch.relu(u))
 
     def _blend(self, stock: Tensor, ruled: Tensor) -> Tensor:
@@ -175,6 +177,7 @@ class Substitution:
             self._seams.append(Seam(block, up, output=lambda _, u: rule.activate_up(u)))
 
     def remove(self) -> None:
+        """Undo: the block computes its stock gate and up again."""
         for seam in self._seams:
             seam.remove()
         self._seams.clear()

@@ -32,5 +32,6 @@ class AdaptiveCoefficient:
         return torch.tensor([self.value, math.nan if self.first is None else self.first], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
+        """Go on from what `state` gave."""
         self.value, first = state.tolist()
         self.first = None if math.isnan(first) else first

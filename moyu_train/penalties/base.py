@@ -51,6 +51,7 @@ class Penalty:
         """At the end of an optimizer step: take the statistics, summed over processes, for the next one."""
 
     def to(self, device: torch.device) -> None:
+        """Move all tensors to a device."""
         self.scales = [scale.to(device) for scale in self.scales]
 
     def state(self) -> dict[str, Tensor]:

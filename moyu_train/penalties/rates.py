@@ -40,6 +40,7 @@ class RatePenalty(SoftPenalty):
         self._mask = torch.empty(0)
 
     def rate(self, layer: int) -> Tensor:
+        """p, how often each neuron of a layer is on, fp32 `[F]`."""
         return self.measured[layer][0]
 
     def centred(self, layer: int, a: Tensor, real: Tensor | None) -> Tensor:

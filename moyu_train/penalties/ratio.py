@@ -34,5 +34,6 @@ class RatioCoefficient:
         return torch.tensor([self.value, self.before, self.sum, self.steps], dtype=torch.float64)
 
     def load(self, state: Tensor) -> None:
+        """Go on from what `state` gave."""
         self.value, self.before, self.sum, steps = state.tolist()
         self.steps = int(steps)

@@ -7,18 +7,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from moyu_kernels.rules import Rule
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.masking import Masking
 from moyu_train.penalties.base import Penalty
+from moyu_train.settings import STATISTIC
 
 
 class ScaleOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    statistic: Literal["contribution", "magnitude"] = "contribution"
+    statistic: Literal["contribution", "magnitude"] = Field("contribution", description=STATISTIC)
 
 
 class ScaledPenalty(Penalty):

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
@@ -31,7 +31,7 @@ class Imported(Sums):
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        folder: str
+        folder: str = Field(description="with one .pt file a layer")
 
     def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:
         found = re.search(r"\.(\d+)(\.|$)", block.path)

@@ -29,7 +29,7 @@ class LowBit(Sums):
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        bits: Literal[1, 2] = 2
+        bits: Literal[1, 2] = Field(2, description="of each weight of the copies")
         damp: float = Field(0.01, gt=0, description="added to the second moment's diagonal, relative to its mean")
 
     def __init__(self, options: Options, block: FFNBlock, device: torch.device) -> None:

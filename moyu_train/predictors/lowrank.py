@@ -22,7 +22,7 @@ class LowRank(Sums):
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        rank: int = Field(128, ge=1)
+        rank: int = Field(128, ge=1, description="R: numbers between the two matrices")
         ridge: float = Field(0.1, gt=0, description="relative to the mean square of x")
 
     def __init__(self, options: Options, block: FFNBlock, device: torch.device, targets: int | None = None) -> None:

@@ -31,8 +31,8 @@ class MLP(Sums):
 
     class Options(BaseModel):
         model_config = ConfigDict(extra="forbid")
-        rank: int = Field(128, ge=1)
-        learning_rate: float = Field(1e-3, gt=0)
+        rank: int = Field(128, ge=1, description="R: numbers between the two matrices")
+        learning_rate: float = Field(1e-3, gt=0, description="of Adam")
         batch: int = Field(128, ge=1, description="tokens per step")
         negative_weight: float | None = Field(
             None, gt=0, description="of neurons that are not kept; default the share kept + 0.005; 1: plain loss"

@@ -31,6 +31,7 @@ class Sums:
         return self.sums
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
         for name, value in state.items():
             self.sums[name].copy_(value)
 

@@ -37,6 +37,7 @@ class Sparsifier:
         self.rules: list[Rule] = [self.rule(threshold) for threshold in thresholds]
 
     def rule(self, threshold: Tensor) -> Rule:
+        """The rule of a block with this threshold, fp32 `[F]`, or `[E, F]` for experts."""
         raise NotImplementedError
 
     @classmethod
@@ -67,6 +68,7 @@ class Sparsifier:
 
     @property
     def thresholds(self) -> list[Tensor]:
+        """Of all blocks, fp32, shared with the rules."""
         return [rule.threshold for rule in self.rules]
 
     @thresholds.setter

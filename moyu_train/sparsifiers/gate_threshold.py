@@ -10,6 +10,8 @@ from moyu_train.sparsifiers.base import HeldSparsifier
 
 
 class GateThreshold(HeldSparsifier):
+    """CATS (arXiv 2404.08763): keeps a neuron where `abs(act(gate))` reaches its layer's level."""
+
     name = "gate_threshold"
     calibrates = "gate"
     layouts = ("gated", "fused", "plain")

@@ -20,6 +20,8 @@ class PromptOptions(BaseModel):
 
 
 class Griffin(Sparsifier):
+    """GRIFFIN (arXiv 2404.01365): the neurons that are largest over the first tokens stand for all later ones."""
+
     name = "griffin"
     Options = PromptOptions
     layouts = ("gated", "fused", "plain")
@@ -30,6 +32,8 @@ class Griffin(Sparsifier):
 
 
 class TDA(Sparsifier):
+    """TDA (arXiv 2408.11393): neurons that reach their layer's level over the first tokens stand for all later ones."""
+
     name = "tda"
     Options = PromptOptions
     calibrates = "prompt"

@@ -9,17 +9,21 @@ from typing import Any, Literal
 
 import torch
 from moyu_kernels.rules import Rule
+from pydantic import Field
 from torch import Tensor
 
 from moyu_train.models.blocks import FFNBlock
+from moyu_train.settings import STATISTIC
 from moyu_train.sparsifiers.base import Held, HeldSparsifier
 
 
 class ThresholdOptions(Held):
-    statistic: Literal["contribution", "magnitude"] = "contribution"
+    statistic: Literal["contribution", "magnitude"] = Field("contribution", description=STATISTIC)
 
 
 class Threshold(HeldSparsifier):
+    """Keeps a neuron where its statistic reaches its layer's level, which is held at the target density."""
+
     name = "threshold"
     Options = ThresholdOptions
     calibrates = "activation"

@@ -9,21 +9,25 @@ from typing import Any, Literal
 
 import torch
 from moyu_kernels.rules import Rule
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moyu_train.models.blocks import FFNBlock
+from moyu_train.settings import STATISTIC
 from moyu_train.sparsifiers.base import Sparsifier
 
 
 class TopKOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    statistic: Literal["contribution", "magnitude"] = "contribution"
-    straight_through: bool = True
+    statistic: Literal["contribution", "magnitude"] = Field("contribution", description=STATISTIC)
+    straight_through: bool = Field(True, description="gradient of the activation without the mask (Q-Sparse)")
 
 
 class TopK(Sparsifier):
-    """Ranks `abs(a) / threshold`, with thresholds of 1 / norm for `contribution` and 1 for `magnitude`."""
+    """Keeps the same number of neurons for every token, those of largest statistic.
+
+    Ranks `abs(a) / threshold`, with thresholds of 1 / norm for `contribution` and 1 for `magnitude`.
+    """
 
     name = "topk"
     Options = TopKOptions
@@ -45,10 +49,12 @@ class TopK(Sparsifier):
 
 class StatisticalTopKOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    soft: bool = False  # also lower what is kept by the level, as Spark does
+    soft: bool = Field(False, description="also lower what is kept by the level, as Spark does")
 
 
 class StatisticalTopK(Sparsifier):
+    """Keeps the gates above their mean plus so many deviations as give the target density for normal ones."""
+
     name = "statistical_topk"
     Options = StatisticalTopKOptions
 
