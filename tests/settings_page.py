@@ -4,8 +4,8 @@ import importlib
 import inspect
 import re
 import types
-from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
@@ -55,18 +55,23 @@ def first_paragraph(documented: Any) -> str:
 
 
 def type_of(field: FieldInfo) -> str:
+    return ", ".join([_words(field.annotation), *_limits(field.metadata)])
+
+
+def _limits(metadata: Sequence[Any]) -> list[str]:
     limits = [
         f"{word} {getattr(limit, name):g}"
-        for limit in field.metadata
+        for limit in metadata
         for kind, (word, name) in SIGNS.items()
         if isinstance(limit, kind)
     ]
-    limits += ["not empty" for limit in field.metadata if isinstance(limit, MinLen)]
-    return ", ".join([_words(field.annotation), *limits])
+    return limits + ["not empty" for limit in metadata if isinstance(limit, MinLen)]
 
 
 def _words(annotation: Any) -> str:
     origin, parts = get_origin(annotation), [part for part in get_args(annotation) if part is not Ellipsis]
+    if origin is Annotated:
+        return ", ".join([_words(parts[0]), *_limits(parts[1:])])
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):

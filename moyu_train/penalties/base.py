@@ -63,4 +63,5 @@ class Penalty:
 
 
 def not_prepared(name: str) -> MoyuError:
+    """For a penalty that looks at other text and has been given no tokens."""
     return MoyuError(f"penalty {name!r} looks at other text too and was not given the tokens; pass `ids` to `armed`")
