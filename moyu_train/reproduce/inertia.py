@@ -1,8 +1,9 @@
 """Does training against activation inertia, or against uncertain neurons, help? The question that MOYU leaves open.
 
-Arms of equal data, tokens and target sparsity. Against inertia are `overlap_residual` (what masks share beyond meaning)
-and `lag_decorrelation` (all persistence); for inertia `locality`; against uncertainty `margin`, and training under the
-predicted masks themselves, where what a predictor cannot foresee is not there to rely on. Asked of each: is the excess
+Arms of equal data, tokens and target sparsity. Against inertia are `overlap_residual` (what masks share beyond meaning),
+`lag_decorrelation` (all persistence) and `prefix_contrast` (what a prefix carries over); for inertia `locality`; against
+uncertainty `margin`, `history_consistency`, `predictability`, and training under the predicted masks themselves, where
+what a predictor cannot foresee is not there to rely on. Asked of each: is the excess
 perplexity (over the smaller of dense and control, less 1) smaller than without it, under the rule's mask and under
 predicted masks that skip equal bytes; and what moved of what it was meant to move.
 """
@@ -24,7 +25,15 @@ def penalty(name: str, coefficient: float) -> dict[str, Any]:
     return {"penalty": {"name": name, "coefficient": coefficient}}
 
 
-PENALTIES = {"overlap_residual": 3.0, "lag_decorrelation": 30.0, "margin": 10.0, "locality": 0.3}
+PENALTIES = {
+    "overlap_residual": 3.0,
+    "lag_decorrelation": 30.0,
+    "prefix_contrast": 30.0,
+    "margin": 10.0,
+    "history_consistency": 1.0,
+    "predictability": 0.3,
+    "locality": 0.3,
+}
 PREDICTED = "predicted masks"
 
 
