@@ -1,9 +1,9 @@
 """Does training against activation inertia, or against uncertain neurons, help? The question that MOYU leaves open.
 
-Arms of equal data, tokens and target sparsity. Against inertia are `overlap_residual` (what masks share beyond meaning),
-`lag_decorrelation` (all persistence) and `prefix_contrast` (what a prefix carries over); for inertia `locality`; against
-uncertainty `margin`, `history_consistency`, `predictability`, and training under the predicted masks themselves, where
-what a predictor cannot foresee is not there to rely on. Asked of each: is the excess
+Arms of equal data, tokens and target sparsity. Against inertia are `overlap_residual` (what masks share beyond
+meaning), `lag_decorrelation` (all persistence) and `prefix_contrast` (what a prefix carries over); for inertia
+`locality`; against uncertainty `margin`, `history_consistency`, `predictability`, and training under the predicted
+masks themselves, where what a predictor cannot foresee is not there to rely on. Asked of each: is the excess
 perplexity (over the smaller of dense and control, less 1) smaller than without it, under the rule's mask and under
 predicted masks that skip equal bytes; and what moved of what it was meant to move.
 """
