@@ -41,7 +41,7 @@ def test_a_config_is_enough(case: Case, tmp_path: Path) -> None:
         names = [name for name in (block["gate"], block["up"], block["down"]) if name]
         size = sum(within[name if name in within else f"{name}.weight"].numel() for name in names)
         assert block["share"] == pytest.approx(size / total)
-        assert block["kernels"] == (expected.layout == "gated") == (not block["simulated_because"])
+        assert block["kernels"] == (expected.layout in ("gated", "fused")) == (not block["simulated_because"])
     assert figures["share"] == pytest.approx(sum(block["share"] for block in figures["blocks"]))
     covered = {f"{block['path']}.{name}" for block in figures["blocks"] for name in (block["up"], block["down"])}
     for other in figures["others"]:

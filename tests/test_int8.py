@@ -11,9 +11,11 @@ import torch
 import yaml
 from moyu_kernels.ops.ffn.int8 import quantise_down
 from moyu_kernels.quantised import Int8GatedFFN
+from moyu_kernels.rules import Rule
 from tiny import CONFIGS, randomised, save_tiny, tiny_settings, tokenizer
 
 from moyu_train.analysis.tables import quality_table, speed_table
+from moyu_train.checkpoints.export import export
 from moyu_train.checks import check_model
 from moyu_train.cli import main
 from moyu_train.errors import MoyuError
@@ -98,6 +100,27 @@ def test_a_twin_reads_int8_rows_and_shares_the_rest() -> None:
     assert (twin(ids).logits - expected).norm() / expected.norm() > 1e-4
 
 
+def test_gate_and_up_in_one_matrix_decode_and_round_as_two(tmp_path: Path) -> None:
+    """Phi-3: its int8 rows, its stock state dict and its logits are those of a rounded model."""
+    model = load_dense(save_tiny(tmp_path / "model", "phi3"))
+    block = find_blocks(model)[0]
+    gate, up, _ = block.matrices()
+    assert (gate.data_ptr(), gate.shape, up.shape) == (block.module.gate_up_proj.weight.data_ptr(), (96, 32), (96, 32))
+    ids = torch.arange(6)[None]
+    stock = set(model.state_dict())
+    for weights in ("stored", "int8"):
+        rules = [Rule(torch.zeros(96)) for _ in range(2)]
+        export(model, tokenizer(), tmp_path / weights, "threshold", rules, None, None, weights=weights)
+        sparse = moyu_kernels.from_pretrained(tmp_path / weights)
+        assert sum(isinstance(m, moyu_kernels.SparseGatedFFN) for m in sparse.modules()) == 2
+        expected = round_ffn(copy.deepcopy(model)) if weights == "int8" else model
+        assert set(sparse.state_dict()) == stock
+        for name, value in sparse.state_dict().items():
+            torch.testing.assert_close(value, expected.state_dict()[name])
+        with torch.no_grad():
+            torch.testing.assert_close(sparse(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
+
+
 def test_bytes_of_int8_have_their_scales() -> None:
     (block, _) = find_blocks(randomised(CONFIGS["llama"]))
     assert [ffn_bytes(block, size) for size in (4, 2, 1)] == [36864, 18432, 9216 + 4 * (3 * 96 + 32)]
@@ -108,7 +131,6 @@ def test_bytes_of_int8_have_their_scales() -> None:
 @pytest.mark.parametrize(
     ("family", "sparsifier", "reason"),
     [
-        ("phi3", "threshold", "layout 'fused' has no op"),
         ("opt", "threshold", "layout 'plain' has no op"),
     ],
 )

@@ -128,7 +128,8 @@ def table() -> str:
         layers = {" and ".join(f"`{block.layout}`" for block in layer): None for layer in (case.first, case.blocks)}
         found = ", then ".join(filter(None, layers)) + (", described" if case.described else "")
         layouts = {block.layout for block in (*case.first, *case.blocks)}
-        kernels = "yes" if layouts == {"gated"} else "of the `gated` ones" if "gated" in layouts else "simulated"
+        kernels = "of the `gated` ones" if "gated" in layouts else "simulated"
+        kernels = "yes" if layouts <= {"gated", "fused"} else kernels
         lines.append(f"| {name} | {found} | `{case.field}` | {kernels} |")
     return "\n".join(lines)
 

@@ -8,11 +8,12 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .checkpoint import STATE, predictor_names, read_config, read_manifest, tensor_of
 from .dispatch import DISPATCH, start_dispatch
 from .inputs import SparseLinear
-from .modules import SparseGatedFFN, activation, resolve_backend
+from .modules import SparseGatedFFN, activation, gate_up_down, resolve_backend
 from .prompt import PromptState, watch_sequences
 from .prompt_ffn import PromptGatedFFN, PromptInt8FFN
 from .quantised import Int8GatedFFN
@@ -32,6 +33,7 @@ ACTIVATIONS = {
 }
 FFNS = {"stored": SparseGatedFFN, "int8": Int8GatedFFN}  # by `weights`
 PROMPT_FFNS = {"stored": PromptGatedFFN, "int8": PromptInt8FFN}
+LAYOUTS_WITH_OP = ("gated", "fused")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -189,7 +191,7 @@ def sparse_ffn(
 
     Args: block and act_name: as there; the others as for `from_pretrained`, backend resolved.
     """
-    projections = {name: getattr(module, name) for name in (block["gate"], block["up"], block["down"])}
+    projections = {name: getattr(module, name) for name in _names(block)}
     act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
     if rule.prompt:
         return PROMPT_FFNS[weights](projections, act, rule, mode, backend)
@@ -243,13 +245,13 @@ def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: R
 
     Args: block: as `blocks` of a checkpoint has it; act_name: transformers' name of the activation.
     """
-    if block["layout"] != "gated":
+    if block["layout"] not in LAYOUTS_WITH_OP:
         return f"layout {block['layout']!r} has no op"
     if _op_on(backend, rule) is None:
         return f"rule {rule.describe()} has no op for the backend {backend!r}"
     if act_name not in ACTIVATIONS and not rule.substitutes:
         return f"activation {act_name!r} has no op"
-    projections = [getattr(module, block[name]) for name in ("gate", "up", "down")]
+    projections = [getattr(module, name) for name in _names(block)]
     if any(type(p) is not nn.Linear or p.bias is not None for p in projections):
         return "its projections are not plain linear layers without biases"
     function = getattr(module, block["act"]) if rule.substitutes else activation(ACTIVATIONS[act_name])
@@ -258,16 +260,21 @@ def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: R
     return ""
 
 
+def _names(block: dict[str, Any]) -> list[str]:
+    """Of its projections, in the order gate (where it is one of its own), up, down."""
+    return [block[name] for name in ("gate", "up", "down") if block[name]]
+
+
 @torch.no_grad()
 def _is_gated_ffn(
     module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: Callable[[Tensor], Tensor]
 ) -> bool:
     """Whether the stock block computes what the op does, tried on a few random inputs."""
-    gate, up, down = projections
+    gate, up, down = gate_up_down([projection.weight for projection in projections])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, gate.in_features, generator=generator).to(gate.weight.device, gate.weight.dtype)
+    x = torch.randn(2, gate.shape[1], generator=generator).to(gate.device, gate.dtype)
     stock = module(x[None])
-    ours = down(act(gate(x)) * up(x))
+    ours = linear(act(linear(x, gate)) * linear(x, up), down)
     if not isinstance(stock, Tensor) or stock.numel() != ours.numel():
         return False
     error = (stock.view_as(ours).float() - ours.float()).norm() / ours.float().norm().clamp_min(1e-30)

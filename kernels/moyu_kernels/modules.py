@@ -1,6 +1,6 @@
 """Modules built on the ops: the sparse FFN block, and the linear layer that decodes at memory speed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
 import torch
@@ -36,6 +36,14 @@ def check_mode(mode: str) -> None:
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function of a name in `naive.ACTIVATIONS`."""
     return cast(Callable[[Tensor], Tensor], naive.ACTIVATIONS[name])
+
+
+def gate_up_down(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and up `[F, D]` and down of a gated FFN's weights: of three, or of two, the first of which, `[2F, D]`, holds
+    gate above up. Nothing is copied."""
+    *front, down = weights
+    gate, up = front if len(front) == 2 else front[0].chunk(2)
+    return gate, up, down
 
 
 def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -79,7 +87,8 @@ class SparseGatedFFN(SparseModule):
     only the memory layout of the down projection changes: `[D, F]` with the neurons contiguous.
 
     Args:
-        projections: name and projection of gate, up and down, in this order; without biases.
+        projections: name and projection of gate, up and down, in this order, or of gate and up in one and of down
+            (`gate_up_down`); without biases.
         act: a name from `naive.ACTIVATIONS`.
         threshold: fp32 `[F]`, of the rule.
         predictor: `[]` or the tensors of a family in `naive.PREDICTORS`.
@@ -113,12 +122,12 @@ class SparseGatedFFN(SparseModule):
         keep: int = 0,
     ) -> None:
         super().__init__()
-        gate = next(iter(projections.values()))
-        self.neurons, self.hidden = gate.weight.shape
+        gate, *_ = gate_up_down([projection.weight for projection in projections.values()])
+        self.neurons, self.hidden = gate.shape
         self._names, self.act, self.rule, self.keep = tuple(projections), act, rule, keep
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(list(projections.items()), threshold, predictor)
-        device = gate.weight.device
+        device = gate.device
         for name in ("scales", "columns"):
             self.register_buffer(name, None, persistent=False)
         self._store(projections)
@@ -131,7 +140,7 @@ class SparseGatedFFN(SparseModule):
 
     def _store(self, projections: dict[str, nn.Linear]) -> None:
         """Take the weights over."""
-        down = projections[self._names[2]]
+        down = projections[self._names[-1]]
         down.weight.data = down.weight.data.t().contiguous().t()
         for name, projection in projections.items():
             self.add_module(name, projection)
@@ -145,8 +154,8 @@ class SparseGatedFFN(SparseModule):
             raise ValueError(f"keep is {self.keep}, rule 'topk' takes 1 to F = {self.neurons}")
         if predictor and self.rule in naive.WHOLE_ROW:
             raise ValueError(f"rule {self.rule!r} needs the gates of all neurons; load it without a predictor")
-        (_, gate), (_, up), (_, down) = projections
-        if up.weight.shape != gate.weight.shape or down.weight.shape != gate.weight.shape[::-1]:
+        gate, up, down = gate_up_down([projection.weight for _, projection in projections])
+        if up.shape != gate.shape or down.shape != gate.shape[::-1]:
             shapes = ", ".join(f"{name} {list(projection.weight.shape)}" for name, projection in projections)
             raise ValueError(f"{shapes} are not the projections of one gated FFN, [F, D], [F, D] and [D, F]")
         for name, projection in projections:
@@ -178,7 +187,7 @@ class SparseGatedFFN(SparseModule):
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """gate, up and down, each contiguous `[F, D]`."""
-        gate, up, down = (getattr(self, name).weight for name in self._names)
+        gate, up, down = gate_up_down([getattr(self, name).weight for name in self._names])
         return gate, up, down.t()
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:

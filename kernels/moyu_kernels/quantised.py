@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .modules import SparseGatedFFN
+from .modules import SparseGatedFFN, gate_up_down
 from .ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 
 PART = 2**22  # weights that prefill widens at a time, so that no second copy of a matrix is kept
@@ -30,7 +30,7 @@ class Int8GatedFFN(SparseGatedFFN):
     down_codes: Tensor
 
     def _store(self, projections: dict[str, nn.Linear]) -> None:
-        gate, up, down = (projection.weight.detach() for projection in projections.values())
+        gate, up, down = gate_up_down([projection.weight.detach() for projection in projections.values()])
         self._dtype = gate.dtype
         *down_rows, self.columns = quantise_down(down.t())
         rows = [quantise_rows(gate), quantise_rows(up), down_rows]
@@ -74,5 +74,6 @@ class Int8GatedFFN(SparseGatedFFN):
             dequantise_rows(codes, scale, self._dtype, columns)
             for codes, scale, columns in zip(self.weights, self.scales, (None, None, self.columns), strict=True)
         )
-        for name, weight in zip(self._names, (gate, up, down.t().contiguous()), strict=True):
+        front = (gate, up) if len(self._names) == 3 else (torch.cat([gate, up]),)
+        for name, weight in zip(self._names, (*front, down.t().contiguous()), strict=True):
             destination[f"{prefix}{name}.weight"] = weight

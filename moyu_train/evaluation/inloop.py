@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from moyu_kernels.loading import LAYOUTS_WITH_OP
 from moyu_kernels.ops.ffn.naive import ON_GATE
 from moyu_kernels.rules import Rule
 from moyu_kernels.seam import Seam
@@ -125,7 +126,7 @@ class SparseMasks:
         self._gate_seams: dict[int, Seam] = {}
         if not predictors:  # then a rule's gate, seen here after `masking` has put it there, says whose up is read
             for layer, (block, rule) in enumerate(zip(self.blocks, rules, strict=True)):
-                if block.layout == "gated" and rule.op in ON_GATE:
+                if block.layout in LAYOUTS_WITH_OP and rule.op in ON_GATE:
                     self._gate_seams[layer] = Seam(block.module, block.act, output=self._gate_counter(layer))
 
     def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import moyu_kernels
 import torch
+from moyu_kernels.loading import LAYOUTS_WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
 from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state, read_weights
@@ -44,7 +45,7 @@ def evaluate_checkpoint(
     model = load_dense(folder)
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         sparse = score(model, documents, window, "evaluate: sparse")
-    simulated = rules[0].op is None or any(block.layout != "gated" for block in masks.blocks)
+    simulated = rules[0].op is None or any(block.layout not in LAYOUTS_WITH_OP for block in masks.blocks)
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
         simulated = True
     figures: dict[str, Any] = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from moyu_kernels.modules import gate_up_down
 from moyu_kernels.seam import ExpertsSeam
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -55,6 +56,10 @@ class FFNBlock:
     def weights(self) -> list[Tensor]:
         """The FFN's weight matrices as stored, gate (if any), up, down."""
         return [weight.detach() for weight in self.stored()]
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate and up `[F, D]` and down `[D, F]` of a gated or fused block, as stored."""
+        return gate_up_down(self.weights())
 
     def activation(self) -> nn.Module:
         module: nn.Module = getattr(self.module, self.act)

@@ -15,12 +15,12 @@ from moyu_train.models.marker import base_activation
 
 @torch.no_grad()
 def round_ffn(model: Any) -> Any:
-    """Put what int8 rows stand for in place of the FFN weights of a model with gated blocks.
+    """Put what int8 rows stand for in place of the FFN weights of a model with gated or fused blocks.
 
     A row belongs to a neuron, so `down` is rounded by its columns. Returns: the model.
     """
     for block in find_blocks(model):
-        gate, up, down = block.weights()
+        gate, up, down = block.matrices()
         for rows in (gate, up):
             rows.copy_(dequantise_rows(*quantise_rows(rows), rows.dtype))
         codes, scale, columns = quantise_down(down.T)

@@ -60,7 +60,7 @@ class LowBit(Sums):
         """
         moment = self.sums["xx"].double() / self.sums["n"].double()
         moment.diagonal().add_(self.options.damp * moment.diagonal().mean())
-        gate, up, _ = self.block.weights()
+        gate, up, _ = self.block.matrices()
         try:
             (gate_levels, gate_scale), (up_levels, up_scale) = (
                 round_weight(w.float(), moment, self.options.bits) for w in (gate, up)

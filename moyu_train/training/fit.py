@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from moyu_kernels.loading import LAYOUTS_WITH_OP
 from moyu_kernels.rules import Rule
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -30,7 +31,7 @@ class PredictorTrainer:
     def __init__(self, model: Any, rules: list[Rule], cls: type, options: Any, folder: Path) -> None:
         self.model, self.rules, self.folder = model, rules, folder
         self.blocks = find_blocks(model)
-        unsupported = {block.layout for block in self.blocks if block.layout != "gated"}
+        unsupported = {block.layout for block in self.blocks if block.layout not in LAYOUTS_WITH_OP}
         if unsupported:
             raise MoyuError(
                 f"predictors are fitted for gated FFN blocks so far, this model has {', '.join(sorted(unsupported))} "
