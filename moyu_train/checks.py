@@ -70,14 +70,14 @@ def check_model(recipe: Recipe, model: Any) -> None:
         _check_predictor(recipe, cls.name, rule, blocks)
 
 
-def without_op(rule: Rule, act: str, blocks: list[FFNBlock]) -> tuple[str, str] | None:
+def _without_op(rule: Rule, act: str, blocks: list[FFNBlock]) -> tuple[str, str] | None:
     """Path of the first block that no op computes, and why."""
     reasons = ((b.path, simulated_because(b.module, b.describe(), act, rule)) for b in blocks)
     return next((found for found in reasons if found[1]), None)
 
 
 def _check_int8(rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
-    if found := without_op(rule, act, blocks):
+    if found := _without_op(rule, act, blocks):
         raise MoyuError(
             f"export.weights 'int8': {found[0]} cannot have int8 weights, since {found[1]}; use export.weights: "
             "stored (--export.weights stored)"
@@ -91,7 +91,7 @@ def _check_kernels(sparsifier: str, rule: Rule, act: str, blocks: list[FFNBlock]
             "speed to measure: use predictor: null and bench: null (--predictor null --bench null), or another "
             "sparsifier, such as 'threshold'"
         )
-    if found := without_op(rule, act, blocks):
+    if found := _without_op(rule, act, blocks):
         raise MoyuError(
             f"the kernels cannot skip anything in {found[0]}, since {found[1]}: there is no speed to measure; "
             "use predictor: null and bench: null (--predictor null --bench null)"

@@ -246,6 +246,20 @@ def test_predictability_is_what_least_squares_leave() -> None:
     assert values.mean() < 0.8 * few.mean(), "a wider map foresees more"
 
 
+def test_other_text_is_seen_without_dropout() -> None:
+    """Else the same text twice would seem to differ in meaning."""
+    model = tiny_model("gpt2")
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+    model.train()
+    sparsifier = Threshold(Threshold.Options(), [torch.full((128,), 0.05)] * 2, 0.1)
+    control = SparsityControl(model, sparsifier, 0.1, penalty=built("l1", sparsifier.rules, 0.1))
+    one, other = (control._peek(model, WINDOWS, None, lambda layer, a: None) for _ in range(2))
+    torch.testing.assert_close(one, other)
+    assert all(part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))
+
+
 @pytest.mark.parametrize("name", ["history_consistency", "prefix_contrast"])
 def test_other_text_needs_the_tokens_and_the_model(name: str) -> None:
     model = tiny_model()

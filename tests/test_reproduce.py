@@ -119,7 +119,14 @@ def test_reach_tells_kernels_from_masks_and_refusals(tiny: Path) -> None:
 
     found = reach(load_recipe(str(tiny), []))
     assert list(found) == list(FAMILIES)
-    assert (found["llama"], found["opt"], found["mixtral"]) == ("kernel", "simulated", "simulated")
+    assert [found[name] for name in ("llama", "phi3", "opt", "mixtral")] == [
+        "kernel",
+        "kernel",
+        "simulated",
+        "simulated",
+    ]
+    predicted = reach(load_recipe(str(tiny), ["--predictor", "{name: lowbit}", "--calibrate.bytes_skipped", "0.2"]))
+    assert (predicted["llama"], predicted["opt"]) == ("kernel", "refused"), "predictors need an op"
     drelu = reach(load_recipe(str(tiny), ["--sparsifier", "{name: drelu}"]))
     assert (drelu["llama"], drelu["opt"]) == ("kernel", "refused")
 
@@ -197,7 +204,7 @@ def test_decode_times_are_paired_and_leave_out_what_has_no_op(monkeypatch: pytes
     assert [found["prompt"][key] for key in ("least", "speedup", "most")] == [sorted(ratios)[i] for i in (0, 2, 4)]
     assert cell({"speedup": 1.234, "least": 1.1, "most": 1.3}) == "1.23 (1.10 to 1.30)"
     assert milliseconds({"seconds_per_token": [0.001, 0.003, 0.002]}) == 2
-    assert set(decode_times(tiny_model("phi3"), rules, ids, settings)) == {DENSE}
+    assert set(decode_times(tiny_model("opt"), rules, ids, settings)) == {DENSE}
     with pytest.raises(MoyuError, match=r"first 16 tokens .* bench.contexts has 8"):
         decode_times(model, rules, ids, Bench(contexts=(8,), new_tokens=4))
     with pytest.raises(MoyuError, match="has 24 tokens, and 48 are decoded"):

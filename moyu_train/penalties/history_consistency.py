@@ -3,7 +3,8 @@
 A sequence's second half is seen twice: as it is, z, and after another text in place of its first half, z', in a forward
 of its own without a gradient. A token costs `mean_i -(z'_i log z_i + (1 - z'_i) log(1 - z_i))` where the other text
 changes what the model predicts next by less than `tolerance`, and 0 elsewhere: where the meaning changed, the mask may.
-Two forwards without a gradient more a step; memory: z' of one micro-batch in bf16.
+Two forwards without a gradient more a step; memory: z' of one micro-batch in bf16, and while they are compared both's
+logits `[B, T, V]`.
 """
 
 from typing import Any, ClassVar

@@ -18,16 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moyu_train.analysis.plots import axes_of
 from moyu_train.checkpoints.export import export, read_state
 from moyu_train.checkpoints.stage import CHECKPOINT, recorded
-from moyu_train.checks import without_op
+from moyu_train.checks import check_model
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import bench_checkpoint
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import Scores
 from moyu_train.files import read_json, write_json
-from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
-from moyu_train.models.marker import base_activation
 from moyu_train.pipeline import Run, run_up_to
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
@@ -35,11 +33,13 @@ from moyu_train.registry import resolve
 from moyu_train.reproduce.arms import SECTIONS, Arm, arm_recipe, held_out
 from moyu_train.reproduce.base import Outcome, Reproduction
 from moyu_train.reproduce.prompt_masks import PROMPT, late_scores
-from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.settings_export import Bench
 from moyu_train.training.stages import read, sparsifier_of
 
+HOW = {"kernel": True, "simulated": False}  # whether speed can be measured
 FAMILIES = ("opt", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "mixtral")
 GOOD = 1.05  # times the smaller perplexity of dense and control
+FASTER = 1.05  # times the speed of the same weights dense, median of the rounds
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ METHODS = {
 class Trinity(Reproduction):
     claim: ClassVar[str] = "Training under predicted masks keeps quality, speed and generality together"
     criterion: ClassVar[str] = (
-        f"{OURS}: at most {GOOD} times the perplexity of dense and control, faster than dense in every round, and no "
-        "family refused."
+        f"{OURS}: at most {GOOD} times the perplexity of dense and control, {FASTER} times as fast as dense and faster "
+        "in every round, and kernels in as many families as any other method."
     )
 
     def run(self, recipe: Recipe, seeds: Sequence[int]) -> Outcome:
@@ -98,13 +98,15 @@ class Trinity(Reproduction):
             row["over dense"] = row.pop("perplexity") / base
             del row["base"]
         ours = rows[-1]
-        passed = ours["over dense"] <= GOOD and ours["least"] > 1 and not ours["refused"]
-        good = [row["method"] for row in rows if row["over dense"] <= GOOD and row["least"] > 1]
+        fast = [row for row in rows if row["speed"] >= FASTER and row["least"] > 1]
+        good = [row["method"] for row in fast if row["over dense"] <= GOOD]
+        passed = OURS in good and ours["kernel"] == max(row["kernel"] for row in rows)
         conclusion = (
             f"{OURS.capitalize()}: {ours['over dense']:.3f} times the perplexity of the better of dense and control, "
             f"{ours['speed']:.2f} times its speed ({ours['least']:.2f} to {ours['most']:.2f}), kernels in "
-            f"{ours['kernel']} of {len(FAMILIES)} families. Within {GOOD} and faster than dense in every round: "
-            f"{', '.join(good) or 'none'}."
+            f"{ours['kernel']} of {len(FAMILIES)} families. Within {GOOD} of dense and {FASTER} times as fast: "
+            f"{', '.join(good) or 'none'}. Neurons off count the prompt, which masks from it leave dense; bytes are of "
+            "the decode steps that were timed."
         )
         figure, axes = axes_of("decoding speed over dense, same runner", "perplexity over the better of dense, control")
         for row in rows:
@@ -182,19 +184,21 @@ def masked_scores(folder: Path, documents: Documents, window: int, what: str) ->
 
 
 def reach(recipe: Recipe) -> dict[str, str]:
-    """How each family runs the recipe's rule: `kernel` where an op computes all blocks, `simulated`, `refused`."""
-    cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
-    one = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
+    """How each family runs the recipe: `kernel` where ops compute all blocks, `simulated`, `refused`.
+
+    Each as a recipe is checked before a model loads, predictor included: with speed to be measured, or without.
+    """
     found = {}
     for family in FAMILIES:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, num_hidden_layers=1))
-        try:
-            blocks = find_blocks(model)
-            cls.check(blocks)
-        except MoyuError:
-            found[family] = "refused"
-            continue
-        act = one.stock_activation or base_activation(model.config)
-        found[family] = "simulated" if one.op is None or without_op(one, act, blocks) else "kernel"
+        found[family] = next((how for how, bench in HOW.items() if _runs(recipe, model, bench)), "refused")
     return found
+
+
+def _runs(recipe: Recipe, model: Any, bench: bool) -> bool:
+    try:
+        check_model(recipe.model_copy(update={"bench": Bench() if bench else None}), model)
+    except MoyuError:
+        return False
+    return True

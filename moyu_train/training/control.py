@@ -142,10 +142,10 @@ class SparsityControl(TrainerCallback):
             )
         before, self.counting = self.counting, False
         self._real, self._terms = None if real is None else real.bool(), []
-        if on and self.penalty is not None:
-            self.penalty.prepare(ids, self._real, partial(self._peek, model))
-        self.counting = self._collecting = on
         try:
+            if on and self.penalty is not None:
+                self.penalty.prepare(ids, self._real, partial(self._peek, model))
+            self.counting = self._collecting = on
             yield
         finally:
             self.counting, self._collecting = before, False
@@ -154,12 +154,17 @@ class SparsityControl(TrainerCallback):
         if model is None:
             raise MoyuError(f"penalty {self.penalty.name!r} looks at other text too; pass the model to `armed`")
         self._look = look
+        # Dropout would make two forwards of the same text differ by more than a change of meaning does.
+        modes = [(part, part.training) for part in model.modules()]
+        model.eval()
         try:
             with torch.no_grad():
                 mask = None if real is None else real.long()
                 logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         finally:
             self._look = None
+            for part, training in modes:
+                part.training = training
         return logits
 
     @contextmanager
