@@ -13,12 +13,13 @@ import torch
 from moyu_kernels.rules import Rule
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tiny import COMMON, CONFIGS, SIZES, bpe, randomised
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from moyu_train.checkpoints.export import export, read_state
 from moyu_train.checkpoints.gguf_vocab import SPLITS, _split
 from moyu_train.cli import main
+from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.loading import load_dense
@@ -91,10 +92,11 @@ def test_weights_are_stored_as_they_are_and_vectors_in_fp32(tmp_path: Path) -> N
     assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == 257
 
 
-def save_sentencepiece(folder: Path) -> Path:
+def save_sentencepiece(folder: Path, **changes: Any) -> Path:
     random_model("llama", vocab_size=320).save_pretrained(folder)
     text = ["the cat sat on the mat", "that thing there", "another bird", "dogs and cats"] * 20
     options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    options |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False} | changes
     with (folder / "tokenizer.model").open("wb") as file:
         SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=file, **options)
     return folder
@@ -110,6 +112,40 @@ def test_sentencepiece(tmp_path: Path) -> None:
     scores = reader.get_field("tokenizer.ggml.scores").contents()
     assert scores[299] == pieces.get_score(299)
     assert len(scores) == 320
+    assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() is True
+
+
+def test_sentencepiece_without_a_space_in_front(tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(write(save_sentencepiece(tmp_path / "model", add_dummy_prefix=False)))
+    assert reader.get_field("tokenizer.ggml.add_space_prefix").contents() is False
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "unigram", "vocab_size": 280},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+    ],
+)
+def test_sentencepiece_of_another_kind_is_refused(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_sentencepiece(tmp_path / "model", **changes)
+    assert "has to have the model_type BPE" in refused(folder, "llama.cpp", capsys)
+
+
+def test_two_tokenizers_that_differ_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_sentencepiece(tmp_path / "model")
+    processor = SentencePieceProcessor(str(folder / "tokenizer.model"))
+    pieces = {processor.id_to_piece(i): i for i in range(300)}
+    merges = [(p[:i], p[i:]) for p in list(pieces)[259:] for i in range(1, len(p)) if {p[:i], p[i:]} <= set(pieces)]
+    same = Tokenizer(models.BPE(vocab=pieces, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    same.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    same.save(str(folder / "tokenizer.json"))
+    assert write(folder).is_file()
+    bpe().save_pretrained(folder)
+    assert "tokenizer.model reads 'Hello world' as [" in refused(folder, "llama.cpp", capsys)
 
 
 def test_a_file_that_reads_back_otherwise_is_gone(
@@ -285,4 +321,15 @@ def test_splits_are_named_after_the_steps_of_the_tokenizer(name: str) -> None:
             parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step.endswith("words")))
     raw = bpe().backend_tokenizer
     raw.pre_tokenizer = pre_tokenizers.Sequence(parts)
-    assert _split(json.loads(raw.to_str()), Path(), (name,)) == name
+    settings = json.loads(raw.to_str())
+    assert _split(settings, Path(), (name,)) == name
+    assert _split(settings | {"normalizer": {"type": "NFC"}}, Path(), (name,)) == name
+    with pytest.raises(MoyuError, match=r'has normalizer {"type": "Lowercase"}, and the engine splits'):
+        _split(settings | {"normalizer": {"type": "Lowercase"}}, Path(), (name,))
+    for key, value in (("end_of_word_suffix", "</w>"), ("continuing_subword_prefix", "##"), ("ignore_merges", True)):
+        changed = settings | {"model": settings["model"] | {key: value}}
+        if (name, key) == ("llama-bpe", "ignore_merges"):
+            assert _split(changed, Path(), (name,)) == name
+            continue
+        with pytest.raises(MoyuError, match=f"has {key} "):
+            _split(changed, Path(), (name,))

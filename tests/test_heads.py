@@ -13,9 +13,10 @@ from moyu_kernels import Runner
 from moyu_kernels.heads import HeadQuery, install_heads, simulated_because
 from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import set_mode
-from tiny import save_tiny, tiny_settings, with_deltas
+from tiny import randomised, save_tiny, tiny_settings, with_deltas
 from torch import Tensor
-from zoo import CASES
+from transformers import DiffLlamaConfig
+from zoo import CASES, GROUPED
 
 from moyu_train.cli import main
 from moyu_train.errors import MoyuError
@@ -285,12 +286,28 @@ def test_what_has_no_op_is_simulated_and_another_attention_refused() -> None:
         assert reason in simulated_because(model, attention.block.path, attention.block.down)
         with pytest.raises(ValueError, match="so no op can skip its heads"):
             install_heads(model, {attention.block.path: routers_of([attention])[0]}, 2, attention.block.down)
+    mixing = randomised(DiffLlamaConfig(**GROUPED))  # subtracts heads from each other after attention
+    path = "model.layers.0.self_attn"
+    assert "it has parameters of its own, lambda_q1, " in simulated_because(mixing, path)
+    with pytest.raises(ValueError, match="which may mix heads, so no op can skip its heads"):
+        install_heads(mixing, {path: routers_of(find_attention(model)[:1])[0]}, 2)
     model = CASES["Llama"].model()
     attention = find_attention(model)[0]
     install_heads(model, {attention.block.path: routers_of([attention])[0]}, 2)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"'sdpa', which does not know of heads that are off; use model\.set_attn"):
         logits_of(model)
+
+
+@pytest.mark.parametrize("part", ["scale", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_routers_that_are_not_finite_are_refused(part: str, value: float) -> None:
+    model = CASES["Llama"].model()
+    attention = find_attention(model)[0]
+    router = routers_of([attention])[0]
+    router[part][1] = value
+    with pytest.raises(ValueError, match=f"the router's {part} holds values that are not finite"):
+        install_heads(model, {attention.block.path: router}, 2)
 
 
 def recipe_in(folder: Path, family: str = "llama", **heads: Any) -> str:

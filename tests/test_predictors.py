@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from moyu_kernels.ops.ffn.naive import PREDICTORS as WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, gated_ffn, predictor_family, predictor_scores, unpack_codes
 from moyu_kernels.ops.ffn.simulated import PastMean, past_means
@@ -375,9 +376,13 @@ def test_powerinfer_files_are_taken_for_the_residual_that_they_read() -> None:
         predictor.observe(x, x)
         scores = predictor_scores(x, list(predictor.solve().values()), torch.nn.functional.silu)
         assert ((scores > 0) == (module(residual) > 0)).float().mean() > 0.98  # int8
-    (opt, *_) = find_blocks(tiny_model("opt"))
-    with pytest.raises(MoyuError, match="is for the layers of Llama"):
-        PowerInfer(PowerInfer.Options(folder=str(folder)), opt, CPU)
+
+
+@pytest.mark.parametrize("name", ["Gemma", "OLMo 2", "OPT"])  # weight is 1 + w; norm after the FFN; norm with bias
+def test_powerinfer_files_for_other_layers_than_llamas_are_refused(name: str) -> None:
+    block = find_blocks(zoo.CASES[name].model())[0]
+    with pytest.raises(MoyuError, match=r"known for llama, mistral, and .* is of another architecture"):
+        PowerInfer(PowerInfer.Options(folder=f"{FILES.name}/powerinfer"), block, CPU)
 
 
 def test_a_shared_trunk_is_one_matrix_and_alone_it_is_lowrank(tmp_path: Path) -> None:

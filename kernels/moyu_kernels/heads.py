@@ -28,6 +28,8 @@ class HeadQuery(SparseModule, OffHeads):
         mode: "dense" chooses all, "predicted" and "rule" are the same here.
         backend: "cpu" or "reference".
 
+    Raises: ValueError for a router that does not fit, or whose scale or bias is not finite.
+
     `counts` int64 `[1]` sums up tokens over all calls.
     """
 
@@ -48,6 +50,11 @@ class HeadQuery(SparseModule, OffHeads):
         units = len(router["weight"])
         if not 1 <= keep <= units or original.out_features % units:
             raise ValueError(f"keep {keep} of {units} units does not fit {original.out_features} outputs")
+        if bad := [part for part in ("scale", "bias") if not torch.isfinite(router[part]).all()]:
+            raise ValueError(
+                f"the router's {bad[0]} holds values that are not finite, so its scores have no order; train "
+                "the router again"
+            )
         self.in_features, self.out_features, self.keep = original.in_features, original.out_features, keep
         self.weight, self.bias, self._config = original.weight, original.bias, config
         device = self.weight.device
@@ -117,6 +124,8 @@ def simulated_because(model: Any, path: str, output: str = "o_proj") -> str:
     projections = [children.pop(name, None) for name in ("q_proj", "k_proj", "v_proj", output)]
     if any(type(projection) is not nn.Linear for projection in projections):
         return f"it has no plain linear layers q_proj, k_proj, v_proj and {output}"
+    if own := ", ".join(name for name, _ in module.named_parameters(recurse=False)):
+        return f"it has parameters of its own, {own}, which may mix heads"
     if model.config._attn_implementation not in ("sdpa", ATTENTION):
         return f"its attention is {model.config._attn_implementation!r} and not 'sdpa'"
     # Anything between the query projection and attention has to leave zeros zeros, and heads apart.

@@ -112,7 +112,6 @@ def put_masks(model: nn.Module, blocks: list[RuledBlock]) -> None:
     """Mask the inputs of the modules that now stand at the down projections; one that replaces them loses the mask."""
     for block in blocks:
         down = _at(_at(model, _inner(model, block.path)), block.down)
-        down.register_buffer("moyu_threshold", block.rule.threshold, persistent=False)
         down.register_forward_pre_hook(lambda _, args, rule=block.rule: (masked(args[0], rule), *args[1:]))
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from moyu_train.checkpoints.export import check_whole, read_state
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import find_blocks
+from moyu_train.models.blocks import LLAMA_LAYERS, find_blocks
 from moyu_train.models.loading import load_dense
 
 THRESHOLD = 1e-30  # PowerInfer takes scores from it on, we those above 0; it is 0 where no unit of the ReLU fires
-ARCHITECTURES = ("llama", "mistral")  # model types with which its Llama graph is alike
 FIT = "predictor: {name: mlp, biases: false} and calibrate: {cut: 0}"
 
 
@@ -45,9 +44,9 @@ def matrices(folder: Path, model: Any) -> list[tuple[Tensor, Tensor]]:
     _, predictors = read_state(folder)
     if not predictors:
         raise MoyuError(f"{str(folder)!r} has no predictors, and PowerInfer computes no FFN without; fit some: {FIT}")
-    if model.config.model_type not in ARCHITECTURES:
+    if model.config.model_type not in LLAMA_LAYERS:
         raise MoyuError(
-            f"what PowerInfer's predictors read is known for {', '.join(ARCHITECTURES)}, and {str(folder)!r} is of the "
+            f"what PowerInfer's predictors read is known for {', '.join(LLAMA_LAYERS)}, and {str(folder)!r} is of the "
             f"architecture {model.config.model_type!r}"
         )
     found = []

@@ -27,6 +27,9 @@ PATTERNS: tuple[tuple[str | None, str, str], ...] = (
 )
 
 
+LLAMA_LAYERS = ("llama", "mistral")  # model types whose FFN reads `h / rms(h) * w` of the residual h
+
+
 @dataclass(frozen=True)
 class FFNBlock:
     """One feed-forward block. `up` and `down` name attributes of `module`; for experts they name 3-D parameters."""
@@ -138,13 +141,14 @@ def find_blocks(model: Any) -> list[FFNBlock]:
     return found
 
 
-def _norm_in_front(model: nn.Module, path: str) -> Tensor | None:
-    """Weight `[D]` of the norm whose output a Llama layer's FFN reads; None where the layer is of another kind."""
-    layer = model.get_submodule(path.rpartition(".")[0])
-    norm = getattr(layer, "post_attention_layernorm", None)
-    if norm is None or hasattr(norm, "bias") or hasattr(layer, "pre_feedforward_layernorm"):
+def _norm_in_front(model: Any, path: str) -> Tensor | None:
+    """Weight `[D]` of the norm whose output a Llama layer's FFN reads; None for other model types.
+
+    Others have a norm of that name too, after the FFN (OLMo 2) or with a weight of `1 + w` (Gemma).
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) not in LLAMA_LAYERS:
         return None
-    return norm.weight.detach()
+    return model.get_submodule(path.rpartition(".")[0]).post_attention_layernorm.weight.detach()
 
 
 def linear_block(model: nn.Module, path: str) -> FFNBlock:

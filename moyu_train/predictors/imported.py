@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import FFNBlock
+from moyu_train.models.blocks import LLAMA_LAYERS, FFNBlock
 from moyu_train.predictors.lowrank import quantise_rows
 from moyu_train.predictors.sums import Sums
 
@@ -134,8 +134,8 @@ class PowerInfer(Imported):
         super().__init__(options, block, device)
         if block.norm is None:
             raise MoyuError(
-                f"predictor 'powerinfer' is for the layers of Llama, in which a norm without bias, "
-                f"post_attention_layernorm, is in front of the FFN; {block.path} has none: use another predictor"
+                f"predictor 'powerinfer' reads the residual in front of the FFN's norm, which is known for "
+                f"{', '.join(LLAMA_LAYERS)}, and {block.path} is of another architecture: use another predictor"
             )
         w = block.norm.to(device).float()
         self.layers[0] = torch.where(w == 0, 0.0, self.layers[0] / w)
