@@ -129,7 +129,7 @@ def test_the_runner_decodes_by_the_masks_of_each_sequence(
 
 
 def test_what_has_no_op_says_that_its_steps_are_not_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("phi3")
+    model = tiny_model("gpt2")
     sparsifier = calibrated("griffin", model)
     with SparseMasks(model, sparsifier.rules, None):
         expected = model(IDS[:1]).logits
@@ -204,6 +204,60 @@ def test_a_cache_of_another_sequence_is_refused(tmp_path: Path) -> None:
     set_mode(found, "rule")
     with pytest.raises(ValueError, match="the cache holds 5 tokens and masks from the prompt have seen 0"):
         found(IDS[:1, 5:6], past_key_values=cache)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_masks_of_a_sequence_decoded_elsewhere_are_refused(tmp_path: Path, compiled: bool) -> None:
+    model = tiny_model()
+    export(model, tokenizer(), tmp_path / "sparse", "griffin", calibrated("griffin", model).rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    refused = pytest.raises(ValueError, match="not that of the sequence whose prompt the masks were taken from")
+    for later in ({"use_cache": True}, {"use_cache": True, "return_dict": False}, {"use_cache": False}):
+        first = found(IDS[:1, :12], use_cache=True).past_key_values
+        output = found(IDS[1:2, :12], **later)
+        with refused:
+            found(IDS[:1, 12:13], past_key_values=first)
+        if later["use_cache"]:
+            found(IDS[1:2, 12:13], past_key_values=output[1])
+    set_mode(found, "dense")
+    found(IDS[:1, 12:13], past_key_values=first)
+    set_mode(found, "rule")
+    with refused:
+        found(IDS[:1, 13:14], past_key_values=first)
+
+    runners = [moyu_kernels.Runner(found, max_length=20, compile=compiled) for _ in range(2)]
+    for runner, ids in zip(runners, IDS, strict=False):
+        runner.prefill(ids[None, :12])
+    with refused:
+        runners[0].step(IDS[0, 12])
+    assert runners[0].position == 12
+    expected = found(IDS[1:2, :13], use_cache=True).logits[:, -1]
+    with refused:
+        runners[1].step(IDS[1, 12])
+    runners[1].prefill(IDS[1:2, :12])
+    torch.testing.assert_close(runners[1].step(IDS[1, 12]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_step_goes_on_after_another_backend(tmp_path: Path) -> None:
+    model = tiny_model()
+    sparsifier = calibrated("griffin", model)
+    export(model, tokenizer(), tmp_path / "sparse", "griffin", sparsifier.rules, None, None)
+    found = moyu_kernels.from_pretrained(tmp_path / "sparse")
+    runner = moyu_kernels.Runner(found, max_length=20)
+    with SparseMasks(model, sparsifier.rules, None):
+        expected = model(IDS[1:2]).logits[0, 11:]
+    set_mode(found, "rule", "reference")
+    logits = [runner.prefill(IDS[1:2, :12])]
+    for i, backend in enumerate(("reference", "cpu", "reference", "cpu")):
+        set_mode(found, "rule", backend)
+        found.float()  # which changes nothing, but starts the masks anew
+        runner.prefill(IDS[1:2, : 12 + i])
+        logits.append(runner.step(IDS[1, 12 + i]))
+    for i, backend in enumerate(("cpu", "reference", "cpu", "cpu")):  # in the middle of a sequence
+        set_mode(found, "rule", backend)
+        logits.append(runner.step(IDS[1, 16 + i]))
+    assert len(runner._steps) == 2, "one for each backend"
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_another_backend_and_a_move_keep_the_masks_right(tmp_path: Path) -> None:

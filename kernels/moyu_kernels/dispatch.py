@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .modules import MAX_ROWS, SparseGatedFFN
-from .ops.cpu.build import cache_folder
+from .ops import cpu
+from .ops.cpu.build import cache_folder, library_key
 from .ops.ffn import naive
 from .prompt_ffn import PromptGatedFFN
 
@@ -54,6 +55,8 @@ def choose(
     model: Any, batch: int = 1, selected: float | None = None, timer: Callable[..., Times] | None = None
 ) -> dict[str, Any]:
     """Put every block with a predictor into mode "predicted" or "rule", whichever decodes faster at `batch`.
+
+    Blocks in mode "dense" stay in it.
 
     The neurons that a step reads are those that any of its rows selects: `1 - (1 - selected) ** batch` of them, as if
     rows chose independently, which is the most that is to be expected. Nothing is read back from the device.
@@ -109,10 +112,12 @@ def break_even(times: Times) -> float:
 
 
 def _kinds(model: Any) -> dict[str, list[SparseGatedFFN]]:
-    """Blocks with a predictor, by all that their speed depends on."""
+    """Blocks with a predictor that are not in mode "dense", by all that their speed depends on."""
     kinds: dict[str, list[SparseGatedFFN]] = {}
     for block in model.modules():
-        if isinstance(block, SparseGatedFFN) and not isinstance(block, PromptGatedFFN) and block.predictor:
+        if not isinstance(block, SparseGatedFFN) or isinstance(block, PromptGatedFFN):
+            continue
+        if block.predictor and block.mode != "dense":
             family, dtype = naive.op_family(block.predictor), str(block.weights[0].dtype).removeprefix("torch.")
             bits = f" {naive.code_bits(block.predictor[0], block.hidden)} bit" if family == "lowbit" else ""
             rank = f" {len(block.predictor[0])}" if family == "lowrank" else ""
@@ -123,9 +128,9 @@ def _kinds(model: Any) -> dict[str, list[SparseGatedFFN]]:
 
 
 def _cached(kind: str, blocks: Sequence[SparseGatedFFN], batch: int) -> Times:
-    """`time_ways`, or what an earlier call found on this machine with this torch and as many threads."""
+    """`time_ways`, or what an earlier call found on this machine with these kernels, this torch and as many threads."""
     machine = f"{_processor(blocks[0].threshold.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    about = f"{kind}, {len(blocks)} blocks, batch {batch}, {machine}"
+    about = f"{kind}, {len(blocks)} blocks, batch {batch}, {machine}, kernels {_kernels(blocks[0].backend)}"
     path = cache_folder() / f"dispatch-{hashlib.sha256(about.encode()).hexdigest()[:20]}.json"
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -180,6 +185,14 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def _kernels(backend: str) -> str:
+    """Hash of the code that runs, of another value wherever its speed may be another."""
+    if backend == "cpu" and cpu.load():
+        return library_key()
+    sources = sorted(Path(naive.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:20]
 
 
 def _processor(device: torch.device) -> str:

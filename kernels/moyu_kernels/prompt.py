@@ -74,33 +74,46 @@ def watch_sequences(model: nn.Module, states: list[PromptState]) -> None:
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         length = 0 if cache is None else int(cache.get_seq_length())
         for state in module._moyu_prompt_states:
-            _follow(state, cache, length)
+            follow(state, cache, length)
         whole = all(state.complete for state in module._moyu_prompt_states)
         if not whole and mask is not None and mask.ndim == 2 and not mask.bool().all():
             raise ValueError(
                 "masks taken from the prompt cannot tell padding from text; decode prompts of one length at a time"
             )
 
+    @torch.compiler.disable
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The cache that the model made for a sequence that began without one."""
+        if kwargs.get("past_key_values") is not None:
+            return
+        parts = output if isinstance(output, tuple) else output.values()
+        for cache in (part for part in parts if hasattr(part, "get_seq_length")):
+            for state in module._moyu_prompt_states:
+                state.cache = weakref.ref(cache)
+
     model._moyu_prompt_states = states  # type: ignore[assignment]
     model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_hook(keep, with_kwargs=True)
 
 
-def _follow(state: PromptState, cache: Any, length: int) -> None:
-    """Raises: ValueError where the cache holds another sequence than the one that the state is of."""
+def follow(state: PromptState, cache: Any, length: int) -> None:
+    """Start the state anew where the cache, of `length` tokens, is empty.
+
+    Raises: ValueError where it holds another sequence than the one that the state is of.
+    """
     if length == 0:
         state.begin()
+        state.cache = None if cache is None else weakref.ref(cache)
     elif state.active and not state.complete and state.seen != length:
         raise ValueError(
             f"the cache holds {length} tokens and masks from the prompt have seen {state.seen} of them: start the "
             "sequence anew, without a cache"
         )
-    elif state.active and state.cache is not None and state.cache() is not cache:
+    elif state.active and (state.cache is None or state.cache() is not cache):
         raise ValueError(
             "the cache is not that of the sequence whose prompt the masks were taken from: decode one batch at a time, "
             "each from its start"
         )
-    if cache is not None:
-        state.cache = weakref.ref(cache)
 
 
 def prompt_states(model: nn.Module) -> list[PromptState]:

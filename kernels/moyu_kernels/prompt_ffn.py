@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .modules import MAX_ROWS, SparseGatedFFN, activation
+from .ops import cpu
 from .ops.ffn.naive import pack_mask
 from .prompt import PromptState
 from .quantised import Int8GatedFFN
@@ -40,31 +41,27 @@ class PromptGatedFFN(SparseGatedFFN):
     ) -> None:
         self.prompt_rule, self.state = rule, PromptState(rule.prompt)
         self._rows: list[Tensor] = []
+        self._scales: Tensor | None = None
         super().__init__(projections, act, rule.threshold, [], mode, backend)
         mask = torch.zeros(self.neurons, dtype=torch.uint8, device=self.threshold.device)
         self.register_buffer("mask", mask, persistent=False)
-        self._make_room()
-
-    def _make_room(self) -> None:
-        """For the rows of all neurons on the CPU: memory that is taken as rows are written."""
-        gather = self.backend == "cpu"
-        self._rows = [torch.empty_like(weight) for weight in self.weights] if gather else []
-        self._scales = torch.empty_like(self.scales) if gather and self.scales is not None else self.scales
-        if self.state.complete:
-            self._gather()
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
         before = getattr(self, "backend", None)
         super().set_mode(mode, backend)
         self.state.active = mode != "dense"
-        if before not in (None, self.backend):
-            self._make_room()
+        # The naive op multiplies dropped rows too, so it must not see those that were never written.
+        self._gathers = self.backend == "cpu" and cpu.load()
+        if before != self.backend and self.state.complete:
+            self._gather()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.state.begin()
-        self._make_room()
+        old, new = self._rows[:1], self.weights[0]
+        if old and (old[0].dtype, old[0].device) != (new.dtype, new.device):
+            self._rows = []
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +71,10 @@ class PromptGatedFFN(SparseGatedFFN):
         if not self.state.complete or x.shape[:-1].numel() > MAX_ROWS or x.ndim != 3 or x.shape[1] > 1:
             return self._watch(x)
         self.state.check(x)
-        rows, weights = len(x), self._rows or self.weights
-        x_rows, int8 = x.reshape(rows, self.hidden), (self._scales, self.columns)
-        y, counts = self._run(x_rows, *weights, self.no_threshold, self.act, [self.mask], "threshold", 0, *int8)
+        rows = len(x)
+        weights, scales = (self._rows, self._scales) if self._gathers else (self.weights, self.scales)
+        x_rows, rest = x.reshape(rows, self.hidden), ("threshold", 0, scales, self.columns)
+        y, counts = self._run(x_rows, *weights, self.no_threshold, self.act, [self.mask], *rest)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
         return y.view(x.shape)
@@ -107,9 +105,12 @@ class PromptGatedFFN(SparseGatedFFN):
             )
             return
         mask = pack_mask(keep)
-        if not self._rows:
+        if not self._gathers:
             self.mask.copy_(mask)
             return
+        if not self._rows:  # made once, since compiled steps hold on to them; memory is taken as rows are written
+            self._rows = [torch.empty_like(weight) for weight in self.weights]
+            self._scales = None if self.scales is None else torch.empty_like(self.scales)
         index = mask.nonzero()[:, 0]
         self.mask.zero_()
         self.mask[: len(index)] = mask[index]

@@ -17,7 +17,7 @@ from .compiled import CompiledStep
 from .dispatch import choose
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
-from .prompt import prompt_states
+from .prompt import follow, prompt_states
 from .prompt_ffn import PromptGatedFFN
 
 logger = logging.getLogger(__name__)
@@ -158,18 +158,21 @@ class Runner:
         """Decode one token per sequence.
 
         Args: token int64 `[batch, 1]`, or an int for batch 1. Returns: logits for the next one `[batch, V]`.
-        Raises: ValueError where the cache is full.
+        Raises: ValueError where the cache is full, or where masks from the prompt have since become those of a sequence
+            that was decoded elsewhere.
         """
         # Contiguous, since a compiled step reads the strides that it was compiled for: a column of a prompt has others.
         ids = torch.as_tensor(token, device=self.device).reshape(-1, 1).contiguous()
         self._check(ids)
+        for state in self._prompts:
+            follow(state, self.cache, self.position)
         self._advance(1)
         if not self._compile or self._watching:
             return _step(self.model, self.cache, ids)
         # A compiled step has no guards, so what they would have watched is part of the key.
         key = (torch.get_num_threads(), *((module.mode, module.backend) for module in self._sparse))
         if key not in self._steps:
-            # What watches for new sequences is not compiled; here they begin in `reset`.
+            # What watches for new sequences is not compiled: `follow` has looked.
             self._steps[key] = CompiledStep(_bare_step if self._prompts else _step, self.model, self.cache)
         return self._steps[key](ids)
 

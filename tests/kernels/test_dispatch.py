@@ -9,6 +9,8 @@ import pytest
 import torch
 from moyu_kernels import Runner, SparseGatedFFN, dispatch, from_pretrained
 from moyu_kernels.dispatch import DENSITIES, break_even, choose, time_ways
+from moyu_kernels.modules import set_mode
+from moyu_kernels.ops.cpu import build
 from predictors import FAMILIES
 from sparse_checkpoints import NEURONS, tiny_llama, write_checkpoint
 
@@ -91,12 +93,29 @@ def test_what_is_measured_is_kept(folder: Path, tmp_path: Path, monkeypatch: pyt
     finally:
         torch.set_num_threads(before)
     assert calls == [1, 2, 1, 1], "other threads, other times"
+    with monkeypatch.context() as other:
+        other.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+        choose(model)
+    choose(model)
+    assert calls == [1, 2, 1, 1, 1], "other kernels, other times"
+    calls.pop()
     model.to(torch.bfloat16)
     choose(model)
     assert calls == [1, 2, 1, 1, 1]
     monkeypatch.setattr(dispatch, "cache_folder", lambda: folder / "config.json")
     choose(model)  # a cache that cannot be written costs time and nothing else
     assert calls == [1, 2, 1, 1, 1, 1]
+
+
+def test_blocks_that_were_set_to_dense_stay_dense(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "time_ways", lambda blocks, batch: times(rule=0.45))
+    model = from_pretrained(folder, dispatch="measure")
+    set_mode(model, "dense")
+    Runner(model, max_length=8, compile=False)
+    assert modes(model) == ["dense"] * 2
+    set_mode(model, "rule")
+    Runner(model, max_length=8, compile=False)
+    assert modes(model) == ["predicted"] * 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

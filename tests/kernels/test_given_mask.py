@@ -1,5 +1,6 @@
 """The FFN op under a mask that is known before the call."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.ops.ffn.int8 import quantise_down, quantise_rows
-from test_cpu_ops import DTYPES, assert_same
+from test_cpu_ops import DTYPES, assert_same, run_python
 from torch import Tensor
 
 
@@ -94,3 +95,28 @@ def test_bad_masks_are_refused() -> None:
 def test_opcheck() -> None:
     args, _ = arguments(2, torch.bfloat16)
     torch.library.opcheck(torch.ops.moyu.gated_ffn.default, args)
+
+
+def test_without_a_compiler_no_row_is_multiplied_that_was_never_written(tmp_path: Path) -> None:
+    code = """
+import torch
+from moyu_kernels.ops import cpu
+from moyu_kernels.prompt_ffn import PromptGatedFFN
+from moyu_kernels.rules import Rule
+torch.use_deterministic_algorithms(True)  # fills memory that is not written with nan
+names = ("gate", "up", "down")
+sizes = ((32, 96), (32, 96), (96, 32))
+projections = {name: torch.nn.Linear(*size, bias=False) for name, size in zip(names, sizes)}
+rule = Rule(torch.zeros(96), keep="prompt_topk", share=0.3, prompt=8)
+block = PromptGatedFFN(projections, "silu", rule)
+assert not cpu.load()
+with torch.no_grad():
+    block(torch.randn(1, 8, 32))
+    x = torch.randn(1, 1, 32)
+    found = block(x)
+    torch.testing.assert_close(found, block.set_mode("rule", "reference")(x))
+    assert block.counts[1] - 8 * 96 == 2 * 29
+"""
+    process = run_python(code, CXX="/no/such/compiler", MOYU_CACHE=str(tmp_path))
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors

@@ -34,7 +34,7 @@ def build_library() -> Path:
 
     Raises: BuildError when there is no compiler, the compilation fails or the cache cannot be written.
     """
-    target = cache_folder() / f"cpu-{_key()}.so"
+    target = cache_folder() / f"cpu-{library_key()}.so"
     if target.exists():
         return target
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
@@ -58,7 +58,7 @@ def build_library() -> Path:
     return target
 
 
-def _key() -> str:
+def library_key() -> str:
     """Hash of all that the binary depends on."""
     digest = hashlib.sha256()
     for name in SOURCES:
