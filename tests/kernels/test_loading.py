@@ -202,7 +202,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("layout", ["fused", "plain", "experts"])
-def test_other_layouts_are_masked_and_announced(
+def test_other_layouts_are_decoded_or_masked_and_announced(
     checkpoint: Factory, layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
@@ -219,7 +219,8 @@ def test_other_layouts_are_masked_and_announced(
     folder = checkpoint(stock, blocks=blocks, threshold=1e9, family=None)
     with caplog.at_level(logging.WARNING):
         model = from_pretrained(folder)
-    assert "is simulated: mask after a dense matmul" in caplog.text
+    assert ("is simulated: mask after a dense matmul" in caplog.text) == (layout != "fused")
+    assert any(isinstance(module, SparseGatedFFN) for module in model.modules()) == (layout == "fused")
     ids = torch.randint(64, (1, 6))
     assert not torch.allclose(model(ids).logits, stock(ids).logits, atol=1e-3)
     shutil.rmtree(folder)
