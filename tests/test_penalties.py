@@ -260,6 +260,25 @@ def test_other_text_is_seen_without_dropout() -> None:
     assert all(part.training for part in model.modules() if isinstance(part, torch.nn.Dropout))
 
 
+def test_predictability_reads_the_principal_directions_and_white() -> None:
+    """Two rounds of subspace iteration hold most of what the best four directions hold, a random basis a quarter."""
+    model, seen = tiny_model(), []
+    with Masking(
+        find_blocks(model), lambda layer, a, expert: seen.append(masking.input(layer)), inputs=True
+    ) as masking:
+        model(WINDOWS)
+    penalty = built("predictability", [Rule(torch.full((96,), 0.05)) for _ in range(2)], 0.1, rank=4)
+    penalty.begin(model, WINDOWS)
+    v = torch.nn.functional.rms_norm(seen[0].detach(), (32,)).flatten(0, 1)
+    basis = penalty._basis[0]
+    directions = torch.linalg.qr(basis[1:])[0]
+    best = torch.linalg.eigvalsh(v.T @ v)[-4:].sum()
+    assert (v @ directions).square().sum() > 0.8 * best
+    features = v @ basis[1:] + basis[0]
+    torch.testing.assert_close(features.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.T @ features / len(features), torch.eye(4), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["history_consistency", "prefix_contrast"])
 def test_other_text_needs_the_tokens_and_the_model(name: str) -> None:
     model = tiny_model()
