@@ -145,6 +145,14 @@ def read_weights(folder: Path) -> str:
         return weights
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Of the weights of a sparse checkpoint, but for int8 rows."""
+    config = read_json(folder / "config.json")
+    with reading(folder / "config.json"):
+        dtype: torch.dtype = getattr(torch, config["dtype"])
+        return dtype
+
+
 def read_state(folder: Path) -> tuple[list[Rule], list[dict[str, Tensor]] | None]:
     """Rules and predictors (None where there are none) of a sparse checkpoint.
 

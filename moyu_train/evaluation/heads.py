@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from moyu_kernels.heads import install_heads, simulated_because
 
-from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.head_masks import HeadMasks, dense_bytes
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
-from moyu_train.evaluation.stage import AGREEMENT, decode_perplexity
+from moyu_train.evaluation.through_kernels import check_agreement, decoded_losses, masked_losses, perplexity
 from moyu_train.models.heads import Attention, find_attention
 from moyu_train.training.heads import Routers, fit_routers
 
@@ -143,17 +142,12 @@ class Judge:
         """
         if self.simulated or not tokens:
             return None
-        few = Documents([self.documents.tokens[0][: min(tokens, self.window)]])
+        few = self.documents.tokens[0][: min(tokens, self.window)]
         with self.masks(keep, self.routers, batch=1):
-            masked = score(self.model, few, self.window, "heads: masked path").perplexity
+            masked = masked_losses(self.model, few)
         named = zip(self.attentions, self.routers, strict=True)
         routers = {attention.block.path: router for attention, router in named}
         install_heads(self.model, routers, keep, self.attentions[0].block.down)
-        found = decode_perplexity(self.model, few)
-        if abs(found["perplexity"] / masked - 1) > AGREEMENT:
-            raise MoyuError(
-                f"decoding {keep} {self.settings.unit}s by the ops gives perplexity {found['perplexity']:.3f}, the "
-                f"masked path {masked:.3f} on the same {few.total} tokens: they differ by more than {AGREEMENT:.0%}, "
-                "which is a fault of moyu: please report it"
-            )
-        return {**found, "masked_perplexity": masked}
+        found = decoded_losses(self.model, few)
+        check_agreement(found, masked)
+        return {"perplexity": perplexity(found), "tokens": len(few), "masked_perplexity": perplexity(masked)}
