@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import chain
 from pathlib import Path
@@ -34,10 +34,12 @@ class Documents:
     """Tokenised documents, each int64 `[T]` of its own length.
 
     scored: for conversations, bool like `tokens`: the assistant's turns, which training scores. None: all tokens.
+    start: the token that the tokenizer puts before any text, and so every window begins with; in no document itself.
     """
 
     tokens: list[Tensor]
     scored: list[Tensor] | None = None
+    start: int | None = None
 
     @property
     def total(self) -> int:
@@ -45,17 +47,31 @@ class Documents:
 
     def digest(self) -> str:
         digest = hashlib.sha256(torch.cat(self.tokens).numpy().tobytes())
+        if self.start is not None:
+            digest.update(f"start {self.start}".encode())
         if self.scored is not None:
             digest.update(torch.cat(self.scored).numpy().tobytes())
         return digest.hexdigest()
 
     def windows(self, length: int) -> list[tuple[int, Tensor]]:
-        """Consecutive windows inside each document, stride = length, each with its document's index.
+        """Consecutive windows inside each document, none overlapping, each with its document's index.
 
-        A last piece shorter than 2 tokens is dropped.
+        A last one shorter than 2 tokens is dropped.
         """
-        pieces = [(index, piece) for index, document in enumerate(self.tokens) for piece in document.split(length)]
+        start = self._start()
+        pieces = [
+            (index, torch.cat([start, piece]))
+            for index, document in enumerate(self.tokens)
+            for piece in document.split(length - len(start))
+        ]
         return [(index, piece) for index, piece in pieces if len(piece) > 1]
+
+    def longest(self) -> Tensor:
+        """The longest document as one window `[T]`."""
+        return torch.cat([self._start(), max(self.tokens, key=len)])
+
+    def _start(self) -> Tensor:
+        return torch.tensor([] if self.start is None else [self.start], dtype=torch.int64)
 
     def first(self, tokens: int | None) -> "Documents":
         """About so many tokens, all where `tokens` is None: evenly from the start of every document.
@@ -71,24 +87,25 @@ class Documents:
                 break
             pieces[index] = self.tokens[index][: min(share, tokens)]
             tokens -= len(pieces[index])
-        return Documents([pieces[index] for index in sorted(pieces)])
+        return replace(self, tokens=[pieces[index] for index in sorted(pieces)], scored=None)
 
     def packed(self, length: int, seed: int) -> Tensor:
         """All documents end to end, cut into full windows `[N, length]` in random order; the rest is dropped."""
-        return _packed(torch.cat(self.tokens), length, seed)
+        return self._packed(torch.cat(self.tokens), length, seed)
 
     def packed_labels(self, length: int, seed: int) -> Tensor:
         """Labels of `packed`: the tokens themselves, -100 where training does not score them."""
         stream = torch.cat(self.tokens)
         if self.scored is not None:
             stream = torch.where(torch.cat(self.scored), stream, -100)
-        return _packed(stream, length, seed)
+        return self._packed(stream, length, seed)
 
-
-def _packed(stream: Tensor, length: int, seed: int) -> Tensor:
-    count = len(stream) // length
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return stream[: count * length].view(count, length)[order]
+    def _packed(self, stream: Tensor, length: int, seed: int) -> Tensor:
+        start = self._start()
+        own = length - len(start)
+        count = len(stream) // own
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([start.expand(count, -1), stream[: count * own].view(count, own)], dim=1)[order]
 
 
 def read_texts(source: str, text_field: str, setting: str = "data.text_field") -> Iterable[Any]:
@@ -185,11 +202,14 @@ def tokenise(
 ) -> Documents:
     """Tokens of the documents (texts, or conversations by the tokenizer's chat template), in order, until `max_tokens`.
 
+    What the tokenizer puts before any text becomes the start of all windows: models that are trained with it know no
+    text without.
+
     Raises: MoyuError where there is less text than one window.
     """
     tokens: list[Tensor] = []
     scored: list[Tensor] = []
-    total, chat = 0, False
+    total, chat, start = 0, False, start_of(tokenizer)
     for text in texts:
         chat = not isinstance(text, str)
         if chat:
@@ -197,6 +217,8 @@ def tokenise(
         else:
             ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
             turns = torch.ones(0)
+        if start is not None and len(ids) and ids[0] == start:
+            ids, turns = ids[1:], turns[1:]
         if len(ids):
             tokens.append(ids)
             scored.append(turns)
@@ -209,7 +231,13 @@ def tokenise(
         )
     if chat and not any(turns.any() for turns in scored):
         raise MoyuError(f"data {source!r} has conversations and no turn of the role 'assistant', so nothing is scored")
-    return Documents(tokens, scored if chat else None)
+    return Documents(tokens, scored if chat else None, start)
+
+
+def start_of(tokenizer: Any) -> int | None:
+    """The token that the tokenizer puts before any text; None where it puts none."""
+    ids: list[int] = tokenizer("a")["input_ids"]
+    return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
 
 
 def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) -> tuple[Tensor, Tensor]:
@@ -252,12 +280,13 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) ->
 def join(parts: Sequence[Documents]) -> Documents:
     """The documents of several sources, one after the other."""
     tokens = [document for part in parts for document in part.tokens]
+    start = parts[0].start
     if all(part.scored is None for part in parts):
-        return Documents(tokens)
+        return Documents(tokens, start=start)
     all_scored = [
         part.scored or [torch.ones_like(document, dtype=torch.bool) for document in part.tokens] for part in parts
     ]
-    return Documents(tokens, [scored for part in all_scored for scored in part])
+    return Documents(tokens, [scored for part in all_scored for scored in part], start)
 
 
 def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents, Documents]:
@@ -267,9 +296,9 @@ def hold_back(documents: Documents, count: int, source: str) -> tuple[Documents,
             f"data {source!r} has {len(documents.tokens)} document(s), and data.validation_documents asks to hold back "
             f"{count}; give more documents (JSON lines, one document a line) or lower it"
         )
-    scored = documents.scored
-    first = Documents(documents.tokens[:-count], scored and scored[:-count])
-    return first, Documents(documents.tokens[-count:], scored and scored[-count:])
+    scored, tokens = documents.scored, documents.tokens
+    first = replace(documents, tokens=tokens[:-count], scored=scored and scored[:-count])
+    return first, replace(documents, tokens=tokens[-count:], scored=scored and scored[-count:])
 
 
 def training_text(settings: Data, tokenizer: Any, window: int, sources: Sequence[str]) -> tuple[Documents, Documents]:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_settings, tokenizer
+from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from moyu_train.data import Documents, hold_back, join, read_texts, tokenise
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.perplexity import score
 from moyu_train.pipeline import Run, run_stage
 from moyu_train.recipe import Recipe
 
@@ -177,3 +180,51 @@ def test_a_user_without_text_trains_on_what_the_model_writes(tmp_path: Path) -> 
     other = Run(Recipe.model_validate(settings | {"seed": 1}))
     assert other.train.digest() != run.train.digest()
     assert path.read_bytes() == written
+
+
+def starting() -> PreTrainedTokenizerFast:
+    """The tokenizer of `tiny`, as Gemma's and OPT's: it puts a token before any text."""
+    found = tokenizer()
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", found.bos_token_id)])
+    found.backend_tokenizer.post_processor = template
+    return found
+
+
+def test_every_window_begins_with_what_the_tokenizer_puts_before_text() -> None:
+    plain = tokenise(["abcdefg", "hij"], tokenizer(), "x", 2)
+    found = tokenise(["abcdefg", "hij"], starting(), "x", 2)
+    start = starting().bos_token_id
+    assert (found.start, plain.start) == (start, None)
+    assert [ids.tolist() for ids in found.tokens] == [ids.tolist() for ids in plain.tokens], "it is in no document"
+    a = plain.tokens[0][0].item()
+    assert [(i, ids.tolist()) for i, ids in found.windows(4)] == [
+        (0, [start, a, a + 1, a + 2]), (0, [start, a + 3, a + 4, a + 5]), (0, [start, a + 6]),
+        (1, [start, a + 7, a + 8, a + 9]),
+    ]  # fmt: skip
+    packed = found.packed(4, 0)
+    assert sorted(packed.tolist()) == [[start, a + i, a + i + 1, a + i + 2] for i in (0, 3, 6)]
+    assert torch.equal(found.packed_labels(4, 0), packed)
+    assert found.digest() != plain.digest()
+    assert found.longest().tolist() == [start, *range(a, a + 7)]
+    train, held = hold_back(join([found, found]), 1, "x")
+    assert train.start == held.start == held.first(2).start == start
+
+
+def test_text_of_a_tokenizer_with_a_start_is_all_scored() -> None:
+    found = tokenise(["abcdefg" * 10], starting(), "x", 2)
+    assert sum(score(tiny_model(), found, 16, "x").tokens) == 70
+    found = tokenise(["abcdefg" * 10], tokenizer(), "x", 2)
+    assert sum(score(tiny_model(), found, 16, "x").tokens) == 65, "the first of each of five windows is not"
+
+
+def test_conversations_start_once() -> None:
+    talker = starting()
+    talker.chat_template = "<s>" + chat().chat_template
+    found = tokenise([TALK], talker, "talk", 2)
+    plain = tokenise([TALK], chat(), "talk", 2)
+    assert torch.equal(found.tokens[0], plain.tokens[0])
+    assert found.scored
+    assert plain.scored
+    assert torch.equal(found.scored[0], plain.scored[0])
+    labels = found.packed_labels(len(plain.tokens[0]) + 1, 0)[0]
+    assert torch.equal(labels[1:] != -100, plain.scored[0])

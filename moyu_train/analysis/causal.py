@@ -16,6 +16,7 @@ meaning. "Alone" is behind one sink token (the text's first), which also stands 
 the very start is abnormally dense in most models, and would be compared with tokens that are not.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def mean_overlap(z: Tensor, p: Tensor) -> float:
 def probe(subject: Subject, documents: Documents, rates: list[Tensor]) -> dict[str, Any]:
     """The 2x2: O of each cell, `<content>_<sequence|alone>`, means over layers, the index, and both per layer."""
     generator = torch.Generator().manual_seed(0)
-    pieces = texts(documents, SPAN, 10**6)
+    pieces = texts(replace(documents, start=None), SPAN, 10**6)
     pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator)[:PROBES].tolist()]
     vocabulary = len(subject.embeddings())
     cells: dict[str, Tensor] = {}
@@ -96,7 +97,7 @@ def probe(subject: Subject, documents: Documents, rates: list[Tensor]) -> dict[s
             "shuffled": piece[torch.randperm(SPAN, generator=generator)],
             "random": torch.randint(vocabulary, (SPAN,), generator=generator),
         }
-        sink = documents.tokens[0][:1]
+        sink = documents.windows(2)[0][1][:1]
         for content, ids in contents.items():
             together = [z[0, 1:] for z in _masks(subject, torch.cat([sink, ids])[None])]
             rows = torch.stack([sink.expand(SPAN), ids], dim=1)

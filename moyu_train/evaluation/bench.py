@@ -256,4 +256,4 @@ def paired(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 def bench(run: "Run", folder: Path) -> dict[str, Any]:
     """Decode speed of the exported checkpoint on held-out text."""
     assert run.recipe.bench  # the pipeline runs this stage only with it
-    return bench_checkpoint(run.stage_folder("export") / CHECKPOINT, run.test.tokens[0], run.recipe.bench)
+    return bench_checkpoint(run.stage_folder("export") / CHECKPOINT, run.test.longest(), run.recipe.bench)

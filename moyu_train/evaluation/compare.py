@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +93,7 @@ def scored(model: Any, masks: SparseMasks, documents: Documents, window: int, wh
     tokens: list[int] = []
     counts = [copy.deepcopy(masks.counts)]
     for document in documents.tokens:
-        found = score(model, Documents([document]), window, what)
+        found = score(model, replace(documents, tokens=[document]), window, what)
         nll, tokens = nll + found.nll, tokens + found.tokens
         counts.append(copy.deepcopy(masks.counts))
     parts = [

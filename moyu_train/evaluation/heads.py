@@ -142,7 +142,7 @@ class Judge:
         """
         if self.simulated or not tokens:
             return None
-        few = self.documents.tokens[0][: min(tokens, self.window)]
+        few = self.documents.windows(min(tokens, self.window))[0][1]
         with self.masks(keep, self.routers, batch=1):
             masked = masked_losses(self.model, few)
         named = zip(self.attentions, self.routers, strict=True)

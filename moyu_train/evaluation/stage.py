@@ -60,7 +60,7 @@ def evaluate_checkpoint(
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
     if kernel_tokens and not simulated:
-        few = documents.tokens[0][: min(kernel_tokens, window)]
+        few = documents.windows(min(kernel_tokens, window))[0][1]
         figures["kernels"] = through_kernels(folder, model, rules, predictors, inputs, few)
     return figures
 

@@ -5,6 +5,7 @@ none of them has seen; and the uncertainty of masks given the token (HAU) is mea
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -94,7 +95,9 @@ def histories(documents: Documents, tokens: int, seed: int) -> list[Documents]:
         )
     order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed)).tolist()
     counts = [round(FEWEST * (len(long) / FEWEST) ** (step / (STEPS - 1))) for step in range(STEPS)]
-    return [Documents([long[i][: tokens // count] for i in order[:count]]) for count in counts]
+    return [
+        replace(documents, tokens=[long[i][: tokens // count] for i in order[:count]], scored=None) for count in counts
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -62,7 +62,7 @@ class PromptMasks(Reproduction):
         timed = ""
         if recipe.bench:
             dtype = getattr(torch, recipe.export.dtype)
-            times = decode_times(model.to(dtype), rules, max(run.test.tokens, key=len), recipe.bench)
+            times = decode_times(model.to(dtype), rules, run.test.longest(), recipe.bench)
             for row in rows:
                 row["ms a token"] = milliseconds(times[row["method"]]) if row["method"] in times else "simulated"
                 row["times faster"] = cell(times[row["method"]]) if row["method"] in times else "simulated"

@@ -134,7 +134,7 @@ def measured(run: Run, name: str, trained: bool) -> dict[str, Any]:
         control = load_dense(run.stage_folder("control") / run.figures("control")["model"])
         dense.append(late_scores(control, documents, window, "dense control"))
     scores, off = masked_scores(folder, documents, window, name)
-    speed = bench_checkpoint(folder, run.test.tokens[0], run.recipe.bench)
+    speed = bench_checkpoint(folder, run.test.longest(), run.recipe.bench)
     ratio = speed["over_dense_runner"]
     found = {
         "perplexity": scores.perplexity,
