@@ -15,7 +15,7 @@ test: install  ## lint, types and the tests that fit into minutes
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-test-slow: install  ## the full matrices
+test-slow: install demo-model  ## the full matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto
 
 lint:

@@ -15,7 +15,7 @@ from tiny import CONFIGS, tiny_model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from moyu_train.checkpoints.export import MANIFEST, STATE, export, read_state
-from moyu_train.checkpoints.verify import marker_of, verify
+from moyu_train.checkpoints.verify import decode_logits, marker_of, verify
 from moyu_train.cli import main
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
@@ -71,7 +71,28 @@ def test_verify_catches_a_rule_that_is_not_the_exported_one(tmp_path: Path, monk
     rules, predictors = read_state(folder)
     wrong = ([Rule(rule.threshold * 1.5) for rule in rules], predictors)
     monkeypatch.setattr("moyu_train.checkpoints.verify.read_state", lambda folder: wrong)
-    with pytest.raises(MoyuError, match="logits differ"):
+    with pytest.raises(MoyuError, match="on the same inputs"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_logits_may_differ_by_neurons_on_their_threshold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    folder, calls = exported(tmp_path / "sparse", family), []
+
+    def shaken(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        calls.append(model)
+        return decode_logits(model, ids) * (1.01 if len(calls) in wrong else 1)
+
+    monkeypatch.setattr("moyu_train.checkpoints.verify.decode_logits", shaken)
+    wrong = {1}  # the rule's logits; those without masks agree, and so does every block
+    figures = verify(folder)
+    assert figures["logits_relative_error"] > 1e-3
+    assert figures["dense_relative_error"] < 1e-4
+    assert figures["parts"]["other_masks"] == 0
+    wrong = {3, 4}
+    with pytest.raises(MoyuError, match="logits are not the rule's"):
         verify(folder)
 
 
@@ -151,7 +172,7 @@ def test_verify_catches_other_weights_than_int8(tmp_path: Path, monkeypatch: pyt
     folder = exported(tmp_path / "sparse", weights="int8")
     stored = functools.partial(moyu_kernels.from_pretrained, weights="stored")
     monkeypatch.setattr("moyu_kernels.from_pretrained", stored)
-    with pytest.raises(MoyuError, match="logits differ"):
+    with pytest.raises(MoyuError, match="on the same inputs"):
         verify(folder)
 
 

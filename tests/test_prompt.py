@@ -322,7 +322,7 @@ def test_verify_decodes_after_the_prompt(tmp_path: Path, monkeypatch: pytest.Mon
     export(model, tokenizer(), tmp_path / "sparse", "griffin", calibrated("griffin", model).rules, None, None)
     assert verify(tmp_path / "sparse")["stock_refuses"]
     monkeypatch.setattr("moyu_kernels.prompt_ffn.pack_mask", lambda keep: naive.pack_mask(~keep))
-    with pytest.raises(MoyuError, match="logits differ from the rule's"):
+    with pytest.raises(MoyuError, match="logits are not the rule's"):
         verify(tmp_path / "sparse")
 
 

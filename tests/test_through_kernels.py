@@ -10,9 +10,15 @@ from tiny import tiny_model, tokenizer
 
 from moyu_train.checkpoints.export import export, read_state
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation import through_kernels as checked
 from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.evaluation.through_kernels import check_agreement, decoded_losses, masked_losses, through_kernels
+from moyu_train.evaluation.replay import blocks_of, record
+from moyu_train.evaluation.through_kernels import (
+    REPLAYED,
+    check_agreement,
+    decoded_losses,
+    masked_losses,
+    through_kernels,
+)
 from moyu_train.models.loading import load_dense
 from moyu_train.predictors.lowbit import LowBit
 from moyu_train.sparsifiers.threshold import Threshold
@@ -41,7 +47,7 @@ def found(folder: Path) -> dict:
 def test_kernels_agree_with_the_masked_path(folder: Path) -> None:
     figures = found(folder)
     assert figures["tokens"] == 100
-    assert figures["blocks"]["tokens"] == checked.REPLAYED
+    assert figures["blocks"]["outputs"] == 2 * REPLAYED
     assert figures["blocks"]["other_masks"] == 0
     assert 0 < figures["blocks"]["worst"] < 1e-5
     assert figures["fp32_perplexity"] == pytest.approx(figures["masked_perplexity"], rel=1e-3)
@@ -58,12 +64,12 @@ def test_losses_are_those_of_the_logits(folder: Path) -> None:
 
 def test_what_is_recorded_is_the_masked_output(folder: Path) -> None:
     model = load_dense(folder)
-    with SparseMasks(model, *read_state(folder)) as masks, checked.recorded(masks.blocks) as seen:
-        model(IDS[None])
-        x, y = seen["model.layers.0.mlp"]
-        assert x.shape == y.shape == (checked.REPLAYED, 32)
-        torch.testing.assert_close(model.model.layers[0].mlp(x), y)
-    assert (model.model.layers[0].mlp(x) - y).norm() > 0.01 * y.norm(), "the mask does nothing"
+    with SparseMasks(model, *read_state(folder)) as masks:
+        call = record(model, blocks_of(masks.blocks), IDS[None])["model.layers.0.mlp"]
+        (x,) = call.args
+        assert x.shape == call.output.shape == (1, 100, 32)
+        torch.testing.assert_close(model.model.layers[0].mlp(x), call.output)
+    assert (model.model.layers[0].mlp(x) - call.output).norm() > 0.01 * call.output.norm(), "the mask does nothing"
     assert not model.model.layers[0].mlp._forward_hooks
 
 

@@ -97,6 +97,12 @@ class Rule:
         """Whether gate or up is another function also where nothing is masked."""
         return self.gate in SUBSTITUTES or self.up != "stock"
 
+    @property
+    def unmasked(self) -> "Rule":
+        """What is left in mode "dense": gate and up where they are other functions, and no mask."""
+        gate, up = (self.gate, self.up) if self.substitutes else ("stock", "stock")
+        return Rule(self.threshold, gate, up, keep="nonzero")
+
     def activate_gate(self, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         """What stands for `stock = act(g)`; g `[..., F]`."""
         if self.gate == "stock":

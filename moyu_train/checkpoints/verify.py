@@ -14,6 +14,7 @@ from torch import Tensor
 from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
+from moyu_train.evaluation.replay import blocks_of, record, replay
 from moyu_train.files import read_json, reading
 from moyu_train.models.loading import load_dense
 
@@ -44,9 +45,10 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
 
     Logits of the kernels' rule mode are compared with stock code under the same rule mask, in fp32, over `tokens`
     random token ids after those that a mask is taken from, the last `STEPS` of them decoded one by one; both on the
-    int8 weights where the checkpoint decodes with these. A subprocess without our packages must fail to load the
-    folder, with the marker's KeyError; or, where stock code computes the very function, load it and compute the same
-    logits.
+    int8 weights where the checkpoint decodes with these. FFN blocks, and linear layers with sparse inputs, are compared
+    on the same inputs; where neurons that are on their threshold to the last bit make logits differ, these must agree
+    without masks instead. A subprocess without our packages must fail to load the folder, with the marker's KeyError;
+    or, where stock code computes the very function, load it and compute the same logits.
 
     Raises: MoyuError where any of it does not hold.
     """
@@ -59,15 +61,25 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     ids = torch.randint(vocabulary, (1, rules[0].prompt + tokens), generator=torch.Generator().manual_seed(0))
     found = decode_logits(sparse, ids)
     marker = marker_of(folder)
-    del sparse
     stock = load_dense(folder)
     inputs = read_inputs(folder)
-    with SparseMasks(stock, rules, None, inputs=inputs):
+    with SparseMasks(stock, rules, None, inputs=inputs) as masks:
         expected = stock(input_ids=ids, use_cache=False).logits
-    gap = ((found - expected).norm() / expected.norm()).item()
-    if not gap < TOLERANCE:
-        raise MoyuError(f"{str(folder)!r}: the reloaded model's logits differ from the rule's by {gap:.2e} (relative)")
-    figures = {"logits_relative_error": gap, "predictors": bool(predictors)}
+        parts = blocks_of(masks.blocks) | {path: stock.get_submodule(path) for path in inputs}
+        # A mask from the prompt is not one of a block's inputs.
+        calls = {} if rules[0].prompt else record(stock, parts, ids)
+    figures: dict[str, Any] = {"logits_relative_error": relative(found, expected), "predictors": bool(predictors)}
+    if calls:
+        figures["parts"] = replay(sparse, calls, "verify")
+    del sparse
+    differ = not figures["logits_relative_error"] < TOLERANCE
+    if differ and calls:
+        found = decode_logits(moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="dense"), ids)
+        with SparseMasks(stock, [rule.unmasked for rule in rules], None):
+            figures["dense_relative_error"] = relative(found, stock(input_ids=ids, use_cache=False).logits)
+        differ = not figures["dense_relative_error"] < TOLERANCE
+    if differ:
+        raise MoyuError(f"{str(folder)!r}: the reloaded model's logits are not the rule's: {figures}")
     stock_error, said = stock_gap(folder, ids, expected)
     if rules[0].stock_activation and not inputs and read_weights(folder) == "stored":
         if stock_error is None or not stock_error < TOLERANCE:
@@ -78,6 +90,10 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
             f"{str(folder)!r}: stock transformers did not refuse the folder with its marker; it said: {said}"
         )
     return figures | {"stock_refuses": True}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def decode_logits(model: Any, ids: Tensor) -> Tensor:

@@ -1,13 +1,10 @@
-"""A sparse checkpoint's kernels against the masked multi-token path: block by block, and token by token over a text.
+"""A sparse checkpoint's kernels against the masked multi-token path, token by token over a text.
 
-Predicted masks are chaotic under rounding: one neuron more or less, and later layers see other inputs. So single tokens
-of two ways to compute them cannot be compared. Blocks can, on the inputs that the masked path gave them; and means over
-many tokens.
+Predicted masks are chaotic under rounding (`replay.py`), so single tokens of two ways to compute them cannot be
+compared; means over many can, and blocks.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,14 @@ from torch.nn.functional import cross_entropy
 from moyu_train.checkpoints.export import stored_dtype
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.models.blocks import FFNBlock, device_of
+from moyu_train.evaluation.replay import blocks_of, record, replay
+from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
 from moyu_train.training.losses import ROWS
 
 AGREEMENT = 0.01  # largest relative difference of perplexity, unless chance makes as large a one
 STANDARD_ERRORS = 3.0  # of the mean difference of a token's loss, which chance is allowed
 REPLAYED = 64  # tokens that each block is given again
-SAME = 1e-4  # largest relative difference of a block's output for one token under the same mask
-OTHER_MASKS = 0.005  # largest share of outputs that may differ by more, where a score stands on its cut to the last bit
 
 
 def through_kernels(
@@ -47,10 +43,11 @@ def through_kernels(
 
     Raises: MoyuError where the two paths do not agree in fp32.
     """
-    with SparseMasks(model, rules, predictors, inputs=inputs) as masks, recorded(masks.blocks) as seen:
+    with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
         masked = masked_losses(model, ids)
+        calls = record(model, blocks_of(masks.blocks), ids[None, :REPLAYED]) if predictors else {}
     sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32)
-    blocks = replay(sparse, seen) if predictors else None
+    blocks = replay(sparse, calls, "evaluate") if predictors else None
     exact = stored = decoded_losses(sparse, ids)
     del sparse
     if stored_dtype(folder) != torch.float32:
@@ -63,56 +60,6 @@ def through_kernels(
         "masked_perplexity": perplexity(masked),
         "blocks": blocks,
     }
-
-
-Seen = dict[str, tuple[Tensor, Tensor]]  # by a block's path its input and output, fp32 `[N, D]` each
-
-
-@contextmanager
-def recorded(blocks: list[FFNBlock]) -> Iterator[Seen]:
-    """What blocks get and give for the first tokens of one forward, with the masks that are on the model."""
-    seen: Seen = {}
-
-    def recorder(path: str) -> Callable[..., None]:
-        def record(module: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-            x = args[0]
-            seen[path] = x.flatten(0, -2)[:REPLAYED].clone(), y.flatten(0, -2)[:REPLAYED].clone()
-
-        return record
-
-    handles = [block.module.register_forward_hook(recorder(block.path)) for block in blocks]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def replay(sparse: Any, seen: Seen) -> dict[str, Any]:
-    """Give the blocks of a sparse model the inputs that the masked path saw, token by token.
-
-    Returns: `tokens` a block, `other_masks`, the share of outputs that differ by more than rounding (`SAME`), and
-        `median` and `worst` relative difference.
-
-    Raises: MoyuError where that share is larger than scores on their cut explain.
-    """
-    errors: dict[str, Tensor] = {}
-    for path, (xs, ys) in track(list(seen.items()), "evaluate: kernels, block by block"):
-        block = sparse.get_submodule(path)
-        found = torch.cat([block(x) for x in xs.to(device_of(sparse)).split(1)]).to(ys.device)
-        errors[path] = (found - ys).norm(dim=-1) / ys.norm(dim=-1).clamp_min(1e-30)
-    every = torch.cat(list(errors.values()))
-    other = (every > SAME).double().mean().item()
-    if other > OTHER_MASKS:
-        worst = max(errors, key=lambda path: (errors[path] > SAME).sum().item())
-        raise MoyuError(
-            f"on the same inputs, {other:.1%} of the outputs of the kernels' FFN blocks differ from the masked path's "
-            f"by more than {SAME:g}, in {worst} {(errors[worst] > SAME).double().mean():.1%}; report it with the "
-            "checkpoint, and compare `moyu_kernels.set_mode(model, mode, backend='reference')`"
-        )
-    figures = {"median": every.median().item(), "worst": every.max().item()}
-    return {"tokens": len(next(iter(seen.values()))[0]), "other_masks": other, **figures}
 
 
 def check_agreement(kernels: Tensor, masked: Tensor) -> None:
