@@ -51,7 +51,7 @@ def plan(
     check_model(recipe, model)
     blocks = find_blocks(model)
     ffn = sum(weight.numel() for block in blocks for weight in block.stored())
-    found = measure_sizes(skeleton(source, recipe.described), settings.lora)
+    found = measure_sizes(skeleton(source, recipe.described), settings)
     parent = _parent_parameters(recipe, found)
     figures: dict[str, Any] = {
         "model": type(model).__name__,

@@ -207,6 +207,7 @@ class Optimise(Section):
     block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
     lm_weight: float = Field(0.0, ge=0, description="next-token loss")
     lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
+    embeddings: bool = Field(True, description="without lora, train the token embeddings and the output layer too")
 
     @model_validator(mode="after")
     def _loss(self) -> "Optimise":

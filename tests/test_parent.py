@@ -120,3 +120,15 @@ def test_a_shared_parent_is_refused_under_an_engine_before_a_model_loads(
     monkeypatch.setattr("moyu_train.pipeline.Run.dense", lambda self: pytest.fail("a model was loaded"))
     with pytest.raises(MoyuError, match="which ZeRO-3 shares out among processes"):
         Run(Recipe.model_validate(settings))
+
+
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_embeddings_train_only_where_asked(tmp_path: Path, embeddings: bool) -> None:
+    settings = settings_in(tmp_path, "")
+    settings["finetune"] |= {"learning_rate": 1e-2, "embeddings": embeddings}
+    run = Run(Recipe.model_validate(settings))
+    for stage in ("calibrate", "finetune"):
+        run_stage(run, stage)
+    before, after = run.dense().state_dict(), load_dense(run.stage_folder("finetune") / "model").state_dict()
+    kept = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert kept == (set() if embeddings else {"model.embed_tokens.weight", "lm_head.weight"})

@@ -57,6 +57,16 @@ def test_a_tiny_model_by_hand(tmp_path: Path) -> None:
     assert {parts["parent"] for parts in memory.values()} == {4 * TINY}, "no engine shares the parent out"
 
 
+def test_embeddings_that_do_not_train_need_no_gradients(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    settings["finetune"] = {**settings["finetune"], "embeddings": False}
+    figures = plan(Recipe.model_validate(settings), processes=2)
+    rest = TINY - V * D  # tied head
+    assert figures["parameters"]["trainable"] == rest
+    assert figures["memory"]["single"]["gradients"] == 4 * rest
+    assert figures["memory"]["single"]["weights"] == 4 * TINY
+
+
 def test_a_known_shape(tmp_path: Path) -> None:
     """Llama-2-7b: 6,738,415,616 parameters; DeepSpeed's estimates for ZeRO in bf16 are 4 P + 16 P / n and 18 P / n."""
     recipe = shaped(

@@ -27,6 +27,13 @@ def sizes(projection: Any) -> tuple[int, int] | None:
     return None
 
 
+def freeze_embeddings(model: Any) -> None:
+    """Training leaves the token embeddings and the output layer, tied or not, as they are."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.requires_grad_(False)
+
+
 def activation_name(module: nn.Module) -> str:
     """The child that is one of transformers' activations, or ""."""
     return next((name for name, child in module.named_children() if isinstance(child, _activation_classes())), "")

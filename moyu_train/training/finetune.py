@@ -18,6 +18,7 @@ from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import check_memory, skeleton
 from moyu_train.models.marker import marked_rule, set_marker
 from moyu_train.models.state import thresholds_from_tensors
+from moyu_train.models.structure import freeze_embeddings
 from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.penalties.ratio import RatioCoefficient
@@ -115,6 +116,8 @@ def train(
     )
     windows = training_windows(run, settings)
     ffn = ffn_sha256(model) if settings.lora else ""
+    if not settings.embeddings:
+        freeze_embeddings(model)
     adapted = adapt(model, settings.lora) if settings.lora else model
     if distils and settings.parent == SHARED:
         parent = SharedParent(adapted, [control for control in (sparsity, inputs) if control])
@@ -185,7 +188,7 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
 def check_memory_of(run: "Run", parent: bool) -> None:
     """Raises: MoyuError where a device has too little memory for the training, by its formula."""
     settings = run.recipe.finetune
-    found = measure_sizes(skeleton(run.source, run.recipe.described), settings.lora)
+    found = measure_sizes(skeleton(run.source, run.recipe.described), settings)
     launcher, processes = launcher_of_this()
     needed = training_memory(found, settings, launcher, processes, found.parameters if parent else 0)["peak"]
     check_memory(round(needed), "fine-tuning", "finetune.batch, finetune.window or choose a smaller model")

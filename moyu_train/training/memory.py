@@ -15,9 +15,9 @@ import torch
 from accelerate import PartialState
 
 from moyu_train.models.blocks import FFNBlock, find_blocks
-from moyu_train.models.structure import sizes
+from moyu_train.models.structure import freeze_embeddings, sizes
 from moyu_train.recipe import SHARED, Recipe
-from moyu_train.settings import Lora, Optimise
+from moyu_train.settings import Optimise
 from moyu_train.training.launch import asked_engine
 from moyu_train.training.lora import BLOCK, adapt
 from moyu_train.training.losses import ROWS
@@ -53,8 +53,8 @@ class Sizes:
     routed: tuple[int, ...]
 
 
-def measure_sizes(model: Any, lora: Lora | None = None) -> Sizes:
-    """model: on the meta device; with `lora` it is wrapped, so give one that nobody else uses."""
+def measure_sizes(model: Any, settings: Optimise) -> Sizes:
+    """model: on the meta device; it is wrapped or frozen, so give one that nobody else uses."""
     text, blocks = model.config.get_text_config(), find_blocks(model)
     parameters = sum(p.numel() for p in model.parameters())
     layers = _layers(model, blocks)
@@ -75,16 +75,22 @@ def measure_sizes(model: Any, lora: Lora | None = None) -> Sizes:
         "gated": tuple(block.layout != "plain" for block in blocks),
         "routed": tuple(getattr(text, "num_experts_per_tok", 1) if b.layout == "experts" else 0 for b in blocks),
     }
-    if not lora:
-        return Sizes(trainable=parameters, wrapped=0, **found)
+    if not settings.embeddings:
+        freeze_embeddings(model)
+    if not settings.lora:
+        return Sizes(trainable=trainable(model), wrapped=0, **found)
     with torch.device("meta"):
-        adapted = adapt(model, lora.model_copy(update={"quantise": None}))
+        adapted = adapt(model, settings.lora.model_copy(update={"quantise": None}))
     wrapped = [m for m in adapted.modules() if hasattr(m, "lora_A") and sizes(m)]
     return Sizes(
-        trainable=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        trainable=trainable(adapted),
         wrapped=sum(m.get_base_layer().weight.numel() for m in wrapped),
         **found,
     )
+
+
+def trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _layers(model: Any, blocks: list[FFNBlock]) -> list[int]:
