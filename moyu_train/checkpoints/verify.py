@@ -11,7 +11,7 @@ import torch
 from moyu_kernels.checkpoint import CheckpointError
 from torch import Tensor
 
-from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
+from moyu_train.checkpoints.export import read_heads, read_inputs, read_state, read_weights
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.files import read_json, reading
@@ -67,7 +67,7 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     gap = ((found - expected).norm() / expected.norm()).item()
     if not gap < TOLERANCE:
         raise MoyuError(f"{str(folder)!r}: the reloaded model's logits differ from the rule's by {gap:.2e} (relative)")
-    figures = {"logits_relative_error": gap, "predictors": bool(predictors)}
+    figures = {"logits_relative_error": gap, "predictors": bool(predictors), "heads": bool(read_heads(folder))}
     stock_error, said = stock_gap(folder, ids, expected)
     if rules[0].stock_activation and not inputs and read_weights(folder) == "stored":
         if stock_error is None or not stock_error < TOLERANCE:

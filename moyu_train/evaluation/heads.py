@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moyu_kernels.heads import install_heads, simulated_because
+from moyu_kernels.heads import HeadRouters, install_heads, simulated_because
 
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
@@ -148,7 +148,7 @@ class Judge:
             masked = score(self.model, few, self.window, "heads: masked path").perplexity
         named = zip(self.attentions, self.routers, strict=True)
         routers = {attention.block.path: router for attention, router in named}
-        install_heads(self.model, routers, keep, self.attentions[0].block.down)
+        install_heads(self.model, HeadRouters(self.settings.unit, keep, self.attentions[0].block.down, routers))
         found = decode_perplexity(self.model, few)
         if abs(found["perplexity"] / masked - 1) > AGREEMENT:
             raise MoyuError(

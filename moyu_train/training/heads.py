@@ -4,16 +4,18 @@ After Polar Sparsity (arXiv 2505.14884), whose head router is one linear map, an
 the least-squares solution for `sqrt(contribution)`, from sums that are streamed in one pass over text.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
+from moyu_kernels.rules import Rule
 from torch import Tensor
 
-from moyu_train.models.blocks import device_of
+from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.heads import Attention, contributions
-from moyu_train.models.masking import Masking
+from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.predictors.lowrank import LowRank, quantise_rows
 from moyu_train.training.fit import PredictorTrainer
 
@@ -45,7 +47,7 @@ class Router(LowRank):
         return {"weight": weight, "scale": torch.ones(len(mean_y)), "bias": mean_y.float()}
 
 
-def scores(x: Tensor, router: dict[str, Tensor]) -> Tensor:
+def scores(x: Tensor, router: Mapping[str, Tensor]) -> Tensor:
     """A router's score of each unit, fp32 `[..., U]`, of an attention's input x `[..., D]`."""
     weight, scale, bias = (router[name].to(x.device) for name in ("weight", "scale", "bias"))
     return functional.linear(x.float(), weight.float()) * scale + bias
@@ -70,6 +72,24 @@ class RouterTrainer(PredictorTrainer):
 
         masking = Masking(self.blocks, observe, inputs=True)
         return masking
+
+
+def fit_under(
+    model: Any,
+    rules: list[Rule],
+    inputs: Mapping[str, Rule],
+    attentions: list[Attention],
+    unit: str,
+    windows: Tensor,
+    folder: Path,
+    save_every: int,
+) -> Routers:
+    """Routers fitted on the model under exact masks: the rules of its FFN blocks and of sparse inputs, by path."""
+    blocks = find_blocks(model)
+    trainer = RouterTrainer(model, attentions, unit, folder)
+    masks = Masking(blocks, lambda layer, a, expert: rules[layer].mask(a, expert), rules=rules)
+    with masks, InputMasks(model, dict(inputs)):
+        return trainer.fit(windows, save_every)
 
 
 def fit_routers(run: "Run", model: Any, attentions: list[Attention]) -> tuple[Routers, Routers]:
