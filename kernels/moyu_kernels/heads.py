@@ -42,6 +42,7 @@ class HeadQuery(SparseModule, OffHeads):
         router: `weight`, `scale` and `bias` as in `HeadRouters`.
         keep: units chosen for each token.
         groups: of heads that share keys and values.
+        size: of a head.
         config: of the model, to refuse another attention than ours, which would let heads through that are off.
         mode: "predicted"; "rule" and "dense" run all heads.
         backend: "cpu" or "reference".
@@ -61,13 +62,15 @@ class HeadQuery(SparseModule, OffHeads):
         router: Mapping[str, Tensor],
         keep: int,
         groups: int,
+        size: int,
         config: Any,
         mode: str = "predicted",
         backend: str = "cpu",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.keep = original.in_features, original.out_features, keep
-        self.weight, self.bias, self.groups, self._config = original.weight, original.bias, groups, config
+        self.weight, self.bias, self._config = original.weight, original.bias, config
+        self.groups, self.size = groups, size
         self._check(router)
         device = self.weight.device
         for name, part in (("router", "weight"), ("scale", "scale"), ("offset", "bias")):
@@ -144,13 +147,13 @@ def install_heads(model: Any, heads: HeadRouters, mode: str = "predicted", backe
     Args: mode, backend: as for `HeadQuery`.
     Raises: ValueError for a module that `simulated_because` names, or routers of other sizes than its heads.
     """
-    sizes = {}
+    groups = {}
     for path, router in heads.routers.items():
         if reason := simulated_because(model, path, heads.output):
             raise ValueError(f"{path}: {reason}, so no op can skip its heads")
         module: Any = model.get_submodule(path)
-        sizes[path] = groups = module.k_proj.out_features // module.head_dim
-        units = groups if heads.unit == "group" else module.q_proj.out_features // module.head_dim
+        groups[path] = module.k_proj.out_features // module.head_dim
+        units = groups[path] if heads.unit == "group" else module.q_proj.out_features // module.head_dim
         if len(router["weight"]) != units:
             raise ValueError(
                 f"{path} has {units} {heads.unit}s and its router scores {len(router['weight'])}; fit routers for "
@@ -162,7 +165,8 @@ def install_heads(model: Any, heads: HeadRouters, mode: str = "predicted", backe
     for path, router in heads.routers.items():
         module = model.get_submodule(path)
         last = getattr(module, heads.output)
-        module.q_proj = HeadQuery(module.q_proj, router, heads.keep, sizes[path], config, mode, backend)
+        sizes = groups[path], module.head_dim
+        module.q_proj = HeadQuery(module.q_proj, router, heads.keep, *sizes, config, mode, backend)
         zeros = torch.zeros(last.in_features)
         setattr(module, heads.output, SparseLinear(last, zeros, backend=backend))
 

@@ -27,7 +27,7 @@ from moyu_train.models.state import predictors_to_tensors, routers_to_tensors, s
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe, load_recipe
 from moyu_train.registry import resolve
-from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.fit import PredictorTrainer, fit_windows
 from moyu_train.training.heads import fit_under
 from moyu_train.training.loop import calibrate_in_loop
 
@@ -94,7 +94,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
     key = [digest, attention or "", train.digest(), settings, recipe.export.dtype]
     work = folder.with_name(f"{folder.name}.refit") / hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
-    windows = train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    windows = fit_windows(recipe, train)
     trainer = PredictorTrainer(model, rules, cls, options, work)
     with InputMasks(model, inputs):
         fitted = trainer.fit(windows, recipe.fit.save_every)

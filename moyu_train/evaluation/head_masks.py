@@ -124,6 +124,32 @@ class HeadMasks:
             cache += self.batch * groups * 2 * size * context * itemsize
         return weights, cache
 
+    def skipped(self, others: list[Attention], itemsize: int, context: int) -> dict[str, float]:
+        """Shares of what a dense decode step reads that is not read, here and in the layers `others` that keep all:
+        `weights_skipped` (of q, k, v and o; routers counted as read), `cache_skipped` and `bytes_skipped` of both.
+        """
+        rest = dense_bytes(others, itemsize, context, self.batch)
+        whole = dense_bytes(self.attentions, itemsize, context, self.batch)
+        read = self.bytes_read(itemsize, context)
+        weights, cache = (1 - (r + part) / (r + all_) for r, part, all_ in zip(rest, read, whole, strict=True))
+        both = 1 - (sum(rest) + sum(read)) / (sum(rest) + sum(whole))
+        return {"weights_skipped": weights, "cache_skipped": cache, "bytes_skipped": both}
+
+    def figures(self, model: Any, itemsize: int, context: int) -> dict[str, Any]:
+        """Of all attention layers of `model`, some of which keep all heads: `skipped`, `quality`, and what ran."""
+        paths = {attention.block.path for attention in self.attentions}
+        others = [attention for attention in find_attention(model) if attention.block.path not in paths]
+        return {
+            "unit": self.unit,
+            "keep": self.keep,
+            "units": self.attentions[0].units(self.unit),
+            "layers": len(self.attentions),
+            "dense_layers": len(others),
+            "context": context,
+            **self.skipped(others, itemsize, context),
+            **self.quality(),
+        }
+
 
 def most(values: Tensor, keep: int) -> Tensor:
     """Mask of the `keep` largest of each row of `[..., U]`; of equals the first ones."""

@@ -44,15 +44,15 @@ class Attention:
         return torch.einsum("dus,dut->ust", parts, parts)
 
 
-def attention_sha256(model: Any, paths: Container[str]) -> str:
+def attention_sha256(model: Any, paths: Container[str], dtype: torch.dtype | None = None) -> str:
     """SHA-256 over the projections' weights of the attention modules at `paths`, in the model's order, as bytes of
-    their dtype: what routers are tied to.
+    their dtype, or of `dtype`: what routers are tied to.
     """
     digest = hashlib.sha256()
     for attention in find_attention(model):
         if attention.block.path in paths:
             for name in (*attention.inputs, attention.block.down):
-                add_weight(digest, base_layer(getattr(attention.block.module, name)).weight)
+                add_weight(digest, base_layer(getattr(attention.block.module, name)).weight.to(dtype))
     return digest.hexdigest()
 
 
