@@ -75,6 +75,10 @@ def test_a_run_evaluates_its_heads_in_the_loop(finished: Path, capsys: pytest.Ca
         assert score(model, documents, 64, "sparse").perplexity == pytest.approx(ppl["all_heads"], rel=1e-6)
     with SparseMasks(model, rules, None):
         assert score(model, documents, 64, "sparse").perplexity == pytest.approx(ppl["rule"], rel=1e-6)
+    calibrated = run.figures("recalibrate")  # with heads off in the loop
+    few = run.validation.first(run.recipe.calibrate.tokens)
+    with SparseMasks(model, rules, predictors), HeadMasks.of(model, routers):
+        assert score(model, few, 1024, "calibrated").perplexity == pytest.approx(calibrated["perplexity"], rel=1e-6)
     assert len({ppl[name] for name in ("sparse", "all_heads", "rule")}) == 3
     assert result["kernels"]["fp32_perplexity"] == pytest.approx(result["kernels"]["masked_perplexity"], rel=1e-3)
     card = ModelCard.load(folder / "README.md").text
