@@ -8,10 +8,12 @@ from moyu_kernels.loading import simulated_because
 from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 from moyu_kernels.rules import Rule
 
+from moyu_train.checkpoints.export import check_heads
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import short_context
 from moyu_train.evaluation.extras import check_extras
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, find_inputs
+from moyu_train.models.heads import find_attention
 from moyu_train.models.marker import base_activation, check_marker
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
@@ -20,6 +22,7 @@ from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.allocation import check_allocation
+from moyu_train.training.heads import check_shares, sparse_attentions
 from moyu_train.training.lora import check_quantise
 from moyu_train.training.shared_parent import check_shared
 
@@ -61,6 +64,8 @@ def check_model(recipe: Recipe, model: Any) -> None:
             )
     if recipe.bench and rule.prompt > min(recipe.bench.contexts):
         raise MoyuError(short_context(rule.prompt, recipe.bench.contexts))
+    if recipe.heads.keep is not None:
+        _check_heads(recipe, model)
     act = rule.stock_activation or base_activation(model.config)
     if recipe.export.weights == "int8":
         _check_int8(rule, act, blocks)
@@ -68,6 +73,15 @@ def check_model(recipe: Recipe, model: Any) -> None:
         _check_kernels(cls.name, rule, act, blocks)
     if recipe.predictor:
         _check_predictor(recipe, cls.name, rule, blocks)
+
+
+def _check_heads(recipe: Recipe, model: Any) -> None:
+    attentions, settings = find_attention(model), recipe.heads
+    assert settings.keep is not None
+    check_shares(attentions, settings, "keep", [settings.keep])
+    paths = [attention.block.path for attention in sparse_attentions(attentions, settings)]
+    inputs = find_inputs(model, recipe.inputs.modules) if recipe.inputs else []
+    check_heads(model, paths, attentions[0].block.down, [layer.path for layer in inputs])
 
 
 def _without_op(rule: Rule, act: str, blocks: list[FFNBlock]) -> tuple[str, str] | None:

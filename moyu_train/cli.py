@@ -19,6 +19,7 @@ STAGE_VERBS = {
     "fit-predictors": "fit the predictors of all layers in one pass",
     "calibrate-in-loop": "find the predictors' cuts with the untouched model in the loop",
     "finetune": "fine-tune under the mask that the export decodes with, by self-distillation",
+    "fit-heads": "fit the routers of attention heads, on the fine-tuned model",
     "refit-predictors": "fit the predictors again, on the fine-tuned model",
     "recalibrate": "find the cuts again with the fine-tuned model in the loop",
     "control": "train the dense control on the same tokens",

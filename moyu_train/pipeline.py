@@ -11,6 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Stage:
     function: str  # module:function, called with (run, folder), returns figures
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
-    only_with: str = ""  # a section that may be null: then the stage is left out
+    only_with: str = ""  # a section, or `section.key`, that may be null: then the stage is left out
 
 
 STAGES = {
@@ -73,15 +74,33 @@ STAGES = {
             ("calibrate-in-loop",),
             ("finetune", "penalty", "delta"),
         ),
+        Stage(
+            "fit-heads",
+            "moyu_train.training.stages:fit_heads",
+            ("finetune",),
+            ("fit", "heads.unit", "heads.dense_layers", "export.dtype", "export.weights"),
+            "heads.keep",
+        ),
         Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
-        Stage("recalibrate", "moyu_train.training.stages:recalibrate", ("refit-predictors",), (), "predictor"),
-        Stage("export", "moyu_train.checkpoints.stage:export_stage", ("recalibrate",), ("export",)),
+        Stage(
+            "recalibrate",
+            "moyu_train.training.stages:recalibrate",
+            ("refit-predictors", "fit-heads"),
+            ("heads.keep",),
+            "predictor",
+        ),
+        Stage(
+            "export",
+            "moyu_train.checkpoints.stage:export_stage",
+            ("recalibrate", "fit-heads"),
+            ("export", "heads.keep"),
+        ),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
         Stage(
             "evaluate",
             "moyu_train.evaluation.stage:evaluate",
             ("export", "control"),
-            ("evaluate",),
+            ("evaluate", "heads.context"),
         ),
         Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",), "bench"),
         Stage(
@@ -172,7 +191,7 @@ class Run:
     @property
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [s.name for s in STAGES.values() if not s.only_with or getattr(self.recipe, s.only_with) is not None]
+        return [s.name for s in STAGES.values() if not s.only_with or attrgetter(s.only_with)(self.recipe) is not None]
 
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""

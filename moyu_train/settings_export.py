@@ -81,12 +81,17 @@ class Bench(Section):
 
 
 class Heads(Section):
-    """Attention heads named by routers, for `moyu heads` (docs/heads.md)."""
+    """Attention heads named by routers: in the checkpoint, and for `moyu heads` (docs/heads.md)."""
 
+    keep: float | None = Field(
+        None, gt=0, lt=1, description="share of the units that run for each token of the checkpoint; null for all"
+    )
     densities: tuple[float, ...] = Field(
-        (0.75, 0.5), min_length=1, description="shares of the units kept of each token"
+        (0.75, 0.5), min_length=1, description="shares of the units kept of each token, of `moyu heads`"
     )
     unit: Literal["head", "group"] = Field("head", description="group: of the heads that share keys and values")
     dense_layers: tuple[NonNegativeInt, ...] = Field((0,), description="that keep all heads")
-    batch: int = Field(1, ge=1, le=8, description="sequences decoded together: q and o rows are of the union")
+    batch: int = Field(
+        1, ge=1, le=8, description="sequences that `moyu heads` decodes together: q and o rows of the union"
+    )
     context: int = Field(2048, ge=1, description="tokens in the cache, for its bytes")

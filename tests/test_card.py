@@ -48,7 +48,7 @@ def test_a_run_writes_its_card_and_updates_it(tmp_path: Path, monkeypatch: pytes
     assert f"{result['neurons_off']:.1%} of the FFN neurons are off" in card.text
     assert "Speed was not measured." in card.text
     assert "README.md" not in read_manifest(folder)["files"]
-    write_manifest(folder, read_manifest(folder)["ffn_sha256"])  # as a refit does, with the card there
+    write_manifest(folder, read_manifest(folder)["ffn_sha256"], None)  # as a refit does, with the card there
     (folder / "README.md").write_text("edited by hand")
     moyu_kernels.from_pretrained(folder)
 

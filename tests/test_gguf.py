@@ -12,6 +12,7 @@ import pytest
 import torch
 from moyu_kernels.rules import Rule
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from test_heads import named, routers_of
 from tiny import COMMON, CONFIGS, SIZES, bpe, randomised
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
@@ -22,6 +23,7 @@ from moyu_train.cli import main
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.models.blocks import find_blocks
+from moyu_train.models.heads import find_attention
 from moyu_train.models.loading import load_dense
 from moyu_train.predictors.mlp import MLP
 
@@ -166,7 +168,13 @@ def test_a_file_that_reads_back_otherwise_is_gone(
 
 
 def sparse(
-    folder: Path, gate: str = "relu", up: str = "stock", family: str = "mlp", cut: float = 0.0, name: str = "llama"
+    folder: Path,
+    gate: str = "relu",
+    up: str = "stock",
+    family: str = "mlp",
+    cut: float = 0.0,
+    name: str = "llama",
+    heads: bool = False,
 ) -> Path:
     """A checkpoint whose predictors have learned something of the gate, with their cut at `cut`."""
     model = random_model(name, hidden_act="silu" if gate == "stock" else "relu")
@@ -180,7 +188,8 @@ def sparse(
         predictor.observe(x, x, kept)
         found = predictor.solve()
         predictors.append(found | {"bias": found["bias"] - cut})
-    export(model, bpe(), folder, gate, rules, predictors, "mlp")
+    routers = named(find_attention(model), routers_of(find_attention(model)), 2) if heads else None
+    export(model, bpe(), folder, gate, rules, predictors, "mlp", heads=routers)
     return folder
 
 
@@ -242,6 +251,12 @@ def test_powerinfer_computes_the_predicted_model(up: str, name: str, tmp_path: P
     assert (logits - expected).norm() < 0.02 * expected.norm()
     with SparseMasks(model, rules, None):
         assert (model(IDS).logits[0] - expected).norm() > 0.05 * expected.norm(), "the predictors change nothing"
+
+
+def test_powerinfer_runs_all_heads(tmp_path: Path) -> None:
+    plain, routed = (sparse(tmp_path / name, heads=name == "routed") for name in ("plain", "routed"))
+    one, two = (powerinfer(write(folder, "powerinfer"), IDS[0])[0] for folder in (plain, routed))
+    assert torch.equal(one, two)
 
 
 def refused(folder: Path, engine: str, capsys: pytest.CaptureFixture[str]) -> str:

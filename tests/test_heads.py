@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from moyu_kernels import Runner
-from moyu_kernels.heads import HeadQuery, install_heads, simulated_because
+from moyu_kernels.heads import HeadQuery, HeadRouters, install_heads, simulated_because
 from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import set_mode
 from tiny import randomised, save_tiny, tiny_settings, with_deltas
@@ -40,6 +40,11 @@ def routers_of(attentions: list, unit: str = "head", seed: int = 0) -> list[dict
         scale = torch.rand(shape[0], generator=generator) / 100
         found.append({"weight": weight, "scale": scale, "bias": torch.rand(shape[0], generator=generator)})
     return found
+
+
+def named(attentions: list, routers: list[dict[str, Tensor]], keep: int, unit: str = "head") -> HeadRouters:
+    by_path = {attention.block.path: router for attention, router in zip(attentions, routers, strict=True)}
+    return HeadRouters(unit, keep, attentions[0].block.down, by_path)
 
 
 def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
@@ -244,34 +249,79 @@ def test_tokens_decoded_one_by_one_equal_the_masked_path(name: str, unit: str, c
         expected = logits_of(model)
     dense = logits_of(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    named = {attention.block.path: router for attention, router in zip(attentions, routers, strict=True)}
-    install_heads(model, named, keep)
+    install_heads(model, named(attentions, routers, keep, unit))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)  # many tokens, without a cache
+    torch.testing.assert_close(logits_of(model, IDS[:1, :8]), expected[:1, :8], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-4)  # a prefill runs all heads
     for ids in (IDS, IDS[1:]):
         runner = Runner(model, 20, batch=len(ids), compile=compiled)
-        logits = [runner.prefill(ids[:, :12]), *(runner.step(ids[:, t : t + 1]) for t in range(12, 20))]
-        torch.testing.assert_close(torch.stack(logits, 1), expected[-len(ids) :, 11:], rtol=1e-4, atol=1e-4)
+        runner.reset()
+        logits = [runner.step(ids[:, t : t + 1]) for t in range(20)]
+        torch.testing.assert_close(torch.stack(logits, 1), expected[-len(ids) :], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(runner.prefill(ids[:, :3]), dense[-len(ids) :, 2], rtol=1e-4, atol=1e-4)
+        set_mode(model, "rule")
+        torch.testing.assert_close(runner.step(ids[:, 3:4]), dense[-len(ids) :, 3], rtol=1e-4, atol=1e-4)
+        set_mode(model, "predicted")
         runner.close()
-    set_mode(model, "dense")
-    torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(dense, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_sequences_with_padding_on_the_left_decode_as_alone() -> None:
+    model = CASES["Llama"].model()
+    attentions = find_attention(model)
+    install_heads(model, named(attentions, routers_of(attentions), 2))
+    short, pad = IDS[:1, :3], 4
+    ids = torch.cat([torch.full((1, pad), 258), short], 1)
+    mask = torch.tensor([[0] * pad + [1] * 3])
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        alone, padded = model(input_ids=short), model(input_ids=ids, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(padded.logits[:, pad:], alone.logits, rtol=1e-4, atol=1e-4)
+        for step in range(3):
+            token, mask = IDS[1:, step : step + 1], torch.cat([mask, torch.ones(1, 1, dtype=mask.dtype)], 1)
+            alone = model(input_ids=token, past_key_values=alone.past_key_values)
+            where = torch.tensor([[3 + step]])
+            padded = model(
+                input_ids=token, attention_mask=mask, position_ids=where, past_key_values=padded.past_key_values
+            )
+            torch.testing.assert_close(padded.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_head_without_a_query_is_a_head_unless_others_are_off(native: bool) -> None:
+    """A pruned head attends evenly to the past in stock code: its zeros mean nothing where all heads run."""
+    model = CASES["Llama"].model()
+    attention = find_attention(model)[0]
+    with torch.no_grad():
+        attention.block.module.q_proj.weight[:8] = 0.0
+    dense = logits_of(model)
+    install_heads(model, named([attention], routers_of([attention]), 2), "rule", "cpu" if native else "reference")
+    runner = Runner(model, 20, batch=2, compile=False)
+    runner.reset()
+    logits = [runner.step(IDS[:, t : t + 1]) for t in range(20)]
+    torch.testing.assert_close(torch.stack(logits, 1), dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-4)
 
 
 def test_decoding_reads_what_the_figures_say() -> None:
     model = CASES["Llama"].model()
     attentions = find_attention(model)
     routers = routers_of(attentions)
-    install_heads(model, {a.block.path: r for a, r in zip(attentions, routers, strict=True)}, 2)
+    with HeadMasks(attentions, "head", 2, routers) as masks:
+        logits_of(model, IDS[:, :8])
+    install_heads(model, named(attentions, routers, 2))
     runner = Runner(model, 8, batch=2, compile=False)
+    runner.reset()
     for module in model.modules():
         if isinstance(module, HeadQuery | SparseLinear):
             module.counts.zero_()
     for t in range(8):
         runner.step(IDS[:, t : t + 1])
-    for attention in attentions:
+    for layer, attention in enumerate(attentions):
         module: Any = attention.block.module
-        assert module.q_proj.counts.tolist() == [16]
+        tokens, groups = module.q_proj.counts.tolist()
+        assert tokens == 16
+        assert groups == masks.counts.groups[layer] < 32
         assert module.o_proj.counts.tolist() == [16, 16 * 2 * 8]  # inputs that are read: those of two heads
 
 
@@ -285,18 +335,18 @@ def test_what_has_no_op_is_simulated_and_another_attention_refused() -> None:
         attention = find_attention(model)[0]
         assert reason in simulated_because(model, attention.block.path, attention.block.down)
         with pytest.raises(ValueError, match="so no op can skip its heads"):
-            install_heads(model, {attention.block.path: routers_of([attention])[0]}, 2, attention.block.down)
+            install_heads(model, named([attention], routers_of([attention]), 2))
     mixing = randomised(DiffLlamaConfig(**GROUPED))  # subtracts heads from each other after attention
     path = "model.layers.0.self_attn"
     assert "it has parameters of its own, lambda_q1, " in simulated_because(mixing, path)
     with pytest.raises(ValueError, match="which may mix heads, so no op can skip its heads"):
-        install_heads(mixing, {path: routers_of(find_attention(model)[:1])[0]}, 2)
+        install_heads(mixing, HeadRouters("head", 2, "o_proj", {path: routers_of(find_attention(model)[:1])[0]}))
     model = CASES["Llama"].model()
     attention = find_attention(model)[0]
-    install_heads(model, {attention.block.path: routers_of([attention])[0]}, 2)
+    install_heads(model, named([attention], routers_of([attention]), 2))
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"'sdpa', which does not know of heads that are off; use model\.set_attn"):
-        logits_of(model)
+        logits_of(model, IDS[:1, :8])
 
 
 @pytest.mark.parametrize("part", ["scale", "bias"])
@@ -307,7 +357,23 @@ def test_routers_that_are_not_finite_are_refused(part: str, value: float) -> Non
     router = routers_of([attention])[0]
     router[part][1] = value
     with pytest.raises(ValueError, match=f"the router's {part} holds values that are not finite"):
-        install_heads(model, {attention.block.path: router}, 2)
+        install_heads(model, named([attention], [router], 2))
+
+
+def test_routers_of_other_sizes_are_refused() -> None:
+    model = CASES["Llama"].model()
+    attentions = find_attention(model)
+    routers = routers_of(attentions)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn has 2 groups and its router scores 4"):
+        install_heads(model, named(attentions, routers, 2, "group"))
+    with pytest.raises(ValueError, match="keep 5 of 4 units does not fit"):
+        install_heads(model, named(attentions, routers, 5))
+    model = CASES["Llama"].model()
+    routers[1]["scale"] = routers[1]["scale"].double()
+    with pytest.raises(
+        ValueError, match=r"router's scale is torch\.float64 \[4\], the layer needs torch\.float32 \[4\]"
+    ):
+        install_heads(model, named(find_attention(model), routers, 2))
 
 
 def recipe_in(folder: Path, family: str = "llama", **heads: Any) -> str:

@@ -40,8 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(folder: Path) -> dict:
-    rules, predictors = read_state(folder)
-    return through_kernels(folder, load_dense(folder), rules, predictors, {}, IDS)
+    return through_kernels(folder, load_dense(folder), IDS)
 
 
 def test_kernels_agree_with_the_masked_path(folder: Path) -> None:

@@ -12,7 +12,12 @@ ATTENTION = "moyu"
 
 
 class OffHeads:
-    """Marks a module that stands at `q_proj` and gives zeros for heads that are off, for `attention` to see."""
+    """A module that stands at `q_proj` and gives zeros for heads that are off, for `attention` to see."""
+
+    @property
+    def some_off(self) -> bool:
+        """Whether a head whose query is all zeros is off; else it is a head as any other."""
+        raise NotImplementedError
 
 
 def register_attention() -> None:
@@ -31,7 +36,8 @@ def register_attention() -> None:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        off = isinstance(getattr(module, "q_proj", None), OffHeads)
+        at_query = getattr(module, "q_proj", None)
+        off = isinstance(at_query, OffHeads) and at_query.some_off
         extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
         single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
         native = query.device.type == "cpu" and not extras and single and not dropout

@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
+from .heads import HeadRouters
 from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .reading import CheckpointError, inside, read_json
 
-FORMAT_VERSION = 4
-READS = (1, 2, 3, 4)  # 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`
+FORMAT_VERSION = 5
+# 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`, 5 `heads`.
+READS = (1, 2, 3, 4, 5)
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
+UNITS = ("head", "group")
 LAYOUTS = ("gated", "fused", "plain", "experts")
 
 
@@ -106,6 +109,42 @@ def predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, 
             f"`moyu fit-predictors --from {folder}`"
         )
     return PREDICTORS.get(predictor["family"], ())
+
+
+def read_heads(
+    folder: Path, settings: dict[str, Any], manifest: dict[str, Any], state: dict[str, Tensor]
+) -> HeadRouters | None:
+    """The routers of attention heads; None where there are none.
+
+    Raises: CheckpointError where they are stale, or cannot be.
+    """
+    heads = settings.get("heads")
+    if heads is None:
+        return None
+    unit, keep, output, paths = (heads[name] for name in ("unit", "keep", "output", "paths"))
+    texts = all(isinstance(text, str) for text in (unit, output, *paths))
+    if not texts or type(keep) is not int or not 0 < len(set(paths)) == len(paths):
+        raise CheckpointError(f"{folder}: the block 'heads' is not as moyu writes it; export the checkpoint again")
+    if unit not in UNITS:
+        raise CheckpointError(f"{folder}: heads come by {unit!r} (known: {', '.join(UNITS)}); update moyu_kernels")
+    inputs = (settings.get("inputs") or {"paths": []})["paths"]
+    if both := [path for path in inputs if path.rpartition(".")[0] in paths]:
+        raise CheckpointError(
+            f"{folder}: {both[0]} is under routers of heads and has sparse inputs too, which no op computes; export "
+            "the checkpoint again with one of them"
+        )
+    if heads["attention_sha256"] != manifest.get("attention_sha256"):
+        raise CheckpointError(
+            f"{folder}: the routers of heads are stale: they were fitted for attention weights "
+            f"{heads['attention_sha256'][:12]}…, the folder holds {str(manifest.get('attention_sha256'))[:12]}…; fit "
+            f"them on these weights with `moyu fit-predictors --from {folder}`, or export the model again"
+        )
+    parts = ("weight", "scale", "bias")
+    routers = {
+        path: {part: tensor_of(folder, state, f"heads.{index}.{part}") for part in parts}
+        for index, path in enumerate(paths)
+    }
+    return HeadRouters(unit, keep, output, routers)
 
 
 def tensor_of(folder: Path, state: dict[str, Tensor], name: str) -> Tensor:

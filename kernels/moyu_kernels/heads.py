@@ -1,36 +1,55 @@
 """Decoding with only those attention heads that a router names, on a stock model with its own parameters."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .attention import ATTENTION, OffHeads, register_attention
 from .inputs import SparseLinear
-from .modules import MAX_ROWS, SparseModule, check_mode, resolve_backend
+from .modules import MAX_ROWS, SparseModule, check_mode, dense_linear, resolve_backend
 from .ops import cpu
 from .ops.linear import naive
+
+
+@dataclass(frozen=True)
+class HeadRouters:
+    """Which attention heads run, as a sparse checkpoint says it (docs/checkpoint-format.md).
+
+    unit: "head", or "group" of the heads that share keys and values; keep: units of each token; output: attribute of
+    the output projection; routers: by the path of the attention module `weight` int8 `[U, D]`, `scale` and `bias` fp32
+    `[U]`, of U units; a score is `scale * (weight @ x) + bias`, x the attention's input.
+    """
+
+    unit: str
+    keep: int
+    output: str
+    routers: Mapping[str, Mapping[str, Tensor]]
 
 
 class HeadQuery(SparseModule, OffHeads):
     """The query projection for the heads that its router chooses; zeros for the others. For inference only.
 
     Attention gives zeros where a query is zero (`attention.py`), and the output projection skips these. Up to 8 tokens
-    run the op, which reads only the rows of chosen heads, more of them a dense matmul under the same mask. The
-    parameters keep their names, shapes and values.
+    run the op, which reads only the rows of chosen heads; more of them (prefill) run all heads, which is the exact
+    function of a checkpoint. The parameters keep their names, shapes and values.
 
     Args:
         original: the layer whose parameters are taken, with S rows for each of U units (heads, or groups of them).
-        router: `weight` int8 `[U, D]`, `scale` and `bias` fp32 `[U]`; a score is `scale * (weight @ x) + bias`.
+        router: `weight`, `scale` and `bias` as in `HeadRouters`.
         keep: units chosen for each token.
+        groups: of heads that share keys and values.
+        size: of a head.
         config: of the model, to refuse another attention than ours, which would let heads through that are off.
-        mode: "dense" chooses all, "predicted" and "rule" are the same here.
+        mode: "predicted"; "rule" and "dense" run all heads.
         backend: "cpu" or "reference".
 
     Raises: ValueError for a router that does not fit, or whose scale or bias is not finite.
 
-    `counts` int64 `[1]` sums up tokens over all calls.
+    `counts` int64 `[2]` sums up tokens, and groups with a head that runs, over all calls.
     """
 
     router: Tensor
@@ -42,26 +61,41 @@ class HeadQuery(SparseModule, OffHeads):
         original: nn.Linear,
         router: Mapping[str, Tensor],
         keep: int,
+        groups: int,
+        size: int,
         config: Any,
         mode: str = "predicted",
         backend: str = "cpu",
     ) -> None:
         super().__init__()
-        units = len(router["weight"])
-        if not 1 <= keep <= units or original.out_features % units:
-            raise ValueError(f"keep {keep} of {units} units does not fit {original.out_features} outputs")
-        if bad := [part for part in ("scale", "bias") if not torch.isfinite(router[part]).all()]:
-            raise ValueError(
-                f"the router's {bad[0]} holds values that are not finite, so its scores have no order; train "
-                "the router again"
-            )
         self.in_features, self.out_features, self.keep = original.in_features, original.out_features, keep
         self.weight, self.bias, self._config = original.weight, original.bias, config
+        self.groups, self.size = groups, size
+        self._check(router)
         device = self.weight.device
         for name, part in (("router", "weight"), ("scale", "scale"), ("offset", "bias")):
             self.register_buffer(name, router[part].to(device), persistent=False)
-        self.register_buffer("counts", torch.zeros(1, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.set_mode(mode, backend)
+
+    def _check(self, router: Mapping[str, Tensor]) -> None:
+        units = len(router["weight"])
+        if not 1 <= self.keep <= units or self.out_features % units:
+            raise ValueError(f"keep {self.keep} of {units} units does not fit {self.out_features} outputs")
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight": (torch.int8, (units, self.in_features))}
+        wanted |= dict.fromkeys(("scale", "bias"), (torch.float32, (units,)))
+        for part, (dtype, shape) in wanted.items():
+            tensor = router[part]
+            if (tensor.dtype, tensor.shape) != (dtype, shape):
+                raise ValueError(
+                    f"the router's {part} is {tensor.dtype} {list(tensor.shape)}, the layer needs {dtype} "
+                    f"{list(shape)}; pass the tensors that were exported for it"
+                )
+            if not torch.isfinite(tensor).all():
+                raise ValueError(
+                    f"the router's {part} holds values that are not finite, so its scores have no order; train "
+                    "the router again"
+                )
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
         check_mode(mode)
@@ -73,19 +107,31 @@ class HeadQuery(SparseModule, OffHeads):
             cpu.load()
         return self
 
+    @property
+    def predicts(self) -> bool:
+        return True
+
+    @property
+    def some_off(self) -> bool:
+        return self.mode == "predicted"
+
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns `[..., U * S]` of its dtype."""
+        rows = x.numel() // self.in_features
+        self.counts[0] += rows
+        if not self.some_off or rows > MAX_ROWS:
+            self.counts[1] += rows * self.groups
+            native = self.backend == "cpu"
+            return (dense_linear if native else functional.linear)(x, self.weight, self.bias)
         if self._config._attn_implementation != ATTENTION:
             raise ValueError(
                 f"attn_implementation is {self._config._attn_implementation!r}, which does not know of heads that are "
                 f"off; use model.set_attn_implementation({ATTENTION!r})"
             )
-        rows = x.numel() // self.in_features
-        native = self.backend == "cpu" and rows <= MAX_ROWS
-        run = torch.ops.moyu.head_linear.default if native else naive.head_linear
-        keep = len(self.router) if self.mode == "dense" else self.keep
-        self.counts[0] += rows
-        y = run(x.reshape(rows, self.in_features), self.weight, self.bias, self.router, self.scale, self.offset, keep)
+        run = torch.ops.moyu.head_linear.default if self.backend == "cpu" else naive.head_linear
+        x_rows = x.reshape(rows, self.in_features)
+        y = run(x_rows, self.weight, self.bias, self.router, self.scale, self.offset, self.keep)
+        self.counts[1] += (y.view(rows, self.groups, -1) != 0).any(-1).sum()
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -93,28 +139,36 @@ class HeadQuery(SparseModule, OffHeads):
         return f"{self.in_features}, {self.out_features}, keep={self.keep} of {units}, mode={self.mode}"
 
 
-def install_heads(
-    model: Any, routers: Mapping[str, Mapping[str, Tensor]], keep: int, output: str = "o_proj", backend: str = "cpu"
-) -> None:
-    """Let attention modules of a stock model run only the heads that their routers name, in prefill too.
+def install_heads(model: Any, heads: HeadRouters, mode: str = "predicted", backend: str = "cpu") -> None:
+    """Let attention modules of a stock model run only the heads that their routers name.
 
     Keys and values are computed for all tokens, so that what heads see of the past is exact.
 
-    Args: routers: as `HeadQuery` takes them, by the path of the attention module; keep: units of each token; output:
-        the attribute of the output projection.
-    Raises: ValueError for a module that `simulated_because` names.
+    Args: mode, backend: as for `HeadQuery`.
+    Raises: ValueError for a module that `simulated_because` names, or routers of other sizes than its heads.
     """
-    for path in routers:
-        if reason := simulated_because(model, path, output):
+    groups = {}
+    for path, router in heads.routers.items():
+        if reason := simulated_because(model, path, heads.output):
             raise ValueError(f"{path}: {reason}, so no op can skip its heads")
+        module: Any = model.get_submodule(path)
+        groups[path] = module.k_proj.out_features // module.head_dim
+        units = groups[path] if heads.unit == "group" else module.q_proj.out_features // module.head_dim
+        if len(router["weight"]) != units:
+            raise ValueError(
+                f"{path} has {units} {heads.unit}s and its router scores {len(router['weight'])}; fit routers for "
+                "this model"
+            )
     register_attention()
     model.set_attn_implementation(ATTENTION)
-    for path, router in routers.items():
-        module: Any = model.get_submodule(path)
-        query, last = module.q_proj, getattr(module, output)
-        module.q_proj = HeadQuery(query, router, keep, model.config.get_text_config(), backend=backend)
+    config = model.config.get_text_config()
+    for path, router in heads.routers.items():
+        module = model.get_submodule(path)
+        last = getattr(module, heads.output)
+        sizes = groups[path], module.head_dim
+        module.q_proj = HeadQuery(module.q_proj, router, heads.keep, *sizes, config, mode, backend)
         zeros = torch.zeros(last.in_features)
-        setattr(module, output, SparseLinear(last, zeros, backend=backend))
+        setattr(module, heads.output, SparseLinear(last, zeros, backend=backend))
 
 
 def simulated_because(model: Any, path: str, output: str = "o_proj") -> str:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .checkpoint import STATE, predictor_names, read_config, read_manifest, tensor_of
+from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
 from .dispatch import DISPATCH, start_dispatch
+from .heads import HeadRouters, install_heads
 from .inputs import SparseLinear
 from .modules import SparseGatedFFN, activation, gate_up_down, resolve_backend
 from .prompt import PromptState, watch_sequences
@@ -52,7 +53,8 @@ def from_pretrained(
         dtype: of the model's weights; default what is stored. Thresholds and predictors keep theirs.
         backend: "auto", "cpu", "triton" or "reference".
         mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint, or with one that no op computes,
-            "predicted" becomes "rule", with a warning.
+            "predicted" becomes "rule" for the FFN, with a warning. Attention heads are predicted where the checkpoint
+            has routers for them; in the other modes all run.
         weights: of the FFN blocks: "stored" decodes them in `dtype`, "int8" rounds them here, after `dtype`, to int8
             with a scale a row (`Int8GatedFFN`); default what the checkpoint was calibrated for.
         dispatch: "measure" times on this machine, once, up to which density predictors pay, and blocks of which more is
@@ -60,8 +62,9 @@ def from_pretrained(
             (`dispatch.choose`). "off" leaves all in `mode`.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
-        `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. The config carries the
-        marker, so that stock transformers refuses what `save_pretrained` writes.
+        `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. With routers of heads,
+        attention is `attn_implementation="moyu"`. The config carries the marker, so that stock transformers refuses
+        what `save_pretrained` writes.
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
         that takes int8 weights; ValueError for an unknown `dispatch`, or one that has nothing to choose from.
@@ -83,6 +86,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(FFNS)}")
     state = load_file(folder / STATE)
     names = predictor_names(folder, settings, manifest)
+    heads, of_heads = read_heads(folder, settings, manifest, state), mode
     masks_from_prompt = bool(settings.get("formula", {}).get("prompt"))
     if mode == "predicted" and not names and masks_from_prompt:
         mode = "rule"
@@ -103,6 +107,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         watch_sequences(model, states)
     if mode != "dense":
         _install_inputs(folder, model, settings.get("inputs") or {"paths": []}, state, mode, backend)
+    if heads:
+        _install_heads(model, heads, of_heads, backend)
     setattr(config_owner(model.config, settings["activation_field"]), settings["activation_field"], marker)
     model.config.architectures = raw["architectures"]
     return model.eval().requires_grad_(False)
@@ -222,6 +228,15 @@ def _install_inputs(
         logger.warning(
             "moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped, since %s", count, reason
         )
+
+
+def _install_heads(model: Any, heads: HeadRouters, mode: str, backend: str) -> None:
+    """Heads by their routers: by the op, else by the reference."""
+    chosen = resolve_backend(backend, next(model.parameters()).device)
+    if chosen == "triton":
+        logger.warning("moyu: attention heads are simulated: masked, nothing is skipped, since they have no triton op")
+        chosen = "reference"
+    install_heads(model, heads, mode, chosen)
 
 
 def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str:

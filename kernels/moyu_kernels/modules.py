@@ -68,6 +68,11 @@ class SparseModule(nn.Module):
         """Switch the mode, and the backend where one is given."""
         raise NotImplementedError
 
+    @property
+    def predicts(self) -> bool:
+        """Whether it has what mode "predicted" goes by."""
+        return False
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         dtypes = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
         kept = dict(self._buffers)
@@ -180,6 +185,10 @@ class SparseGatedFFN(SparseModule):
         return [getattr(self, f"predictor_{name}") for name in self._predictor]
 
     @property
+    def predicts(self) -> bool:
+        return bool(self._predictor)
+
+    @property
     def names_neurons(self) -> bool:
         """Whether the selected neurons are known before any gate row is read."""
         return self.mode == "predicted"
@@ -265,20 +274,28 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., in]`; returns `[..., out]`."""
-        rows = x.numel() // self.in_features
-        if rows > MAX_ROWS:
-            return functional.linear(x, self.weight, self.bias)
-        y = torch.ops.moyu.linear.default(x.reshape(rows, self.in_features), self.weight, self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return dense_linear(x, self.weight, self.bias)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of x `[..., in]`, by `moyu::linear` for up to 8 tokens on a CPU, once `cpu.load()` has been called."""
+    rows = x.numel() // x.shape[-1]
+    if rows > MAX_ROWS:
+        return functional.linear(x, weight, bias)
+    y = torch.ops.moyu.linear.default(x.reshape(rows, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def set_mode(model: nn.Module, mode: str, backend: str | None = None) -> None:
     """Run the same loaded checkpoint in another mode or backend, for comparisons.
 
-    Raises: ValueError where the model holds no SparseModule.
+    Where only the attention heads are predicted, or only the FFN, "predicted" is "rule" for the other.
+
+    Raises: ValueError where the model holds no SparseModule, or nothing that could be predicted in mode "predicted".
     """
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, SparseModule)]
     if not blocks:
         raise ValueError(f"{type(model).__name__} holds no sparse module; load it with moyu_kernels.from_pretrained")
+    some = mode == "predicted" and any(block.predicts for block in blocks)
     for block in blocks:
-        block.set_mode(mode, backend)
+        block.set_mode("rule" if some and not block.predicts else mode, backend)

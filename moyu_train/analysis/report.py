@@ -48,6 +48,7 @@ def collect(run: "Run") -> dict[str, Any]:
         "predictor_bytes_share": figures["export"]["predictor_bytes_share"],
         "control_learning_rate": figures["control"]["best_learning_rate"] if run.recipe.control else None,
         "overlap_13gram": evaluated["overlap_13gram"],
+        "heads": evaluated["heads"],
         "kernels": evaluated["kernels"],
         **{name: evaluated[name] for name in ("tasks", "task_neurons_off", "agreement") if name in evaluated},
         **(_timings(figures["bench"], run.recipe.bench.rounds) if run.recipe.bench else {}),
@@ -76,6 +77,8 @@ def _lead(result: dict[str, Any]) -> str:
         skipped = f"{result['neurons_off']:.0%} of the FFN's neurons are off per token (simulated, nothing is skipped)"
     else:
         skipped = f"{result['bytes_skipped']:.0%} of the FFN's weight bytes are not read per decoded token"
+    if heads := result.get("heads"):
+        skipped += f", nor {heads['bytes_skipped']:.0%} of the attention's and its cache's at {heads['context']} tokens"
     lead = f"{skipped}, at {result['ratio']:.3f} times the perplexity of the best dense model"
     if "bench" not in result:
         return f"{lead}. Speed was not measured."

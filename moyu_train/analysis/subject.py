@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moyu_kernels.heads import HeadRouters
 from moyu_kernels.rules import Rule
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from moyu_train.checkpoints.export import read_inputs, read_state
+from moyu_train.checkpoints.export import read_heads, read_inputs, read_state
 from moyu_train.data import Documents
+from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.models.blocks import FFNBlock, device_of, find_blocks
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks, Masking
@@ -53,7 +55,7 @@ class Subject:
 
     Args:
         name: for tables and plots.
-        rules, predictors, inputs: as in a sparse checkpoint.
+        rules, predictors, inputs, heads: as in a sparse checkpoint.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Subject:
         rules: list[Rule] | None = None,
         predictors: list[dict[str, Tensor]] | None = None,
         inputs: dict[str, Rule] | None = None,
+        heads: HeadRouters | None = None,
     ) -> None:
-        self.name, self.model, self.rules, self.predictors, self.inputs = name, model, rules, predictors, inputs
+        self.name, self.model, self.rules, self.predictors = name, model, rules, predictors
+        self.inputs, self.heads = inputs, heads
         self.blocks = find_blocks(model)
         self.levels = [0.0] * len(self.blocks)  # of a dense model's contributions; 0: whatever is not exactly zero
         self.norms = [block.down_norms() for block in self.blocks]
@@ -73,7 +77,7 @@ class Subject:
     @classmethod
     def checkpoint(cls, name: str, folder: Path) -> "Subject":
         rules, predictors = read_state(folder)
-        return cls(name, load_dense(folder), rules, predictors, read_inputs(folder))
+        return cls(name, load_dense(folder), rules, predictors, read_inputs(folder), read_heads(folder))
 
     @property
     def ordered(self) -> bool:
@@ -111,7 +115,7 @@ class Subject:
             return mask if narrower is None else narrower if mask is None else mask & narrower
 
         masking = Masking(self.blocks, keep, inputs=inputs or bool(self.predictors), rules=self.rules)
-        with masking, InputMasks(self.model, self.inputs or {}):
+        with masking, InputMasks(self.model, self.inputs or {}), HeadMasks.of(self.model, self.heads):
             yield
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ def quality_table(result: dict[str, Any]) -> Table:
         ("dense parent, int8 FFN weights", "dense_int8", 0.0, 0.0),
         (f"dense control (learning rate {result.get('control_learning_rate')})", "control", 0.0, 0.0),
         ("sparse, as it decodes", "sparse", skipped, off),
+        ("sparse, with all attention heads", "all_heads", None, None),
         ("rule mask, exact", "rule", None, result["rule_neurons_off"]),
         ("oracle at the sparse model's density", "oracle", None, off),
         ("untouched model, same pipeline", "untouched", result["untouched_bytes_skipped"], None),
@@ -50,8 +51,19 @@ def quality_table(result: dict[str, Any]) -> Table:
         f"ratio: to the smaller of dense and control{'' if 'control' in ppl else ' (none here)'}; sparse 95 % interval "
         f"{low:.3f} to {high:.3f} over documents. "
         f"Predictors are {result['predictor_bytes_share']:.1%} of the FFN's bytes, counted as read."
+        + (f" {heads_said(heads)}" if (heads := result.get("heads")) else "")
     )
     return table
+
+
+def heads_said(heads: dict[str, Any]) -> str:
+    """What `heads` of a result says, in words."""
+    return (
+        f"Attention: {heads['keep']} of {heads['units']} {heads['unit']}s run per token in {heads['layers']} of "
+        f"{heads['layers'] + heads['dense_layers']} layers; {heads['weights_skipped']:.1%} of the weights' bytes, "
+        f"{heads['cache_skipped']:.1%} of keys and values at {heads['context']} tokens, "
+        f"{heads['bytes_skipped']:.1%} of both are not read."
+    )
 
 
 def predictor_table(figures: dict[str, Any]) -> Table:

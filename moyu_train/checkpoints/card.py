@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
+from moyu_train.analysis.tables import heads_said
 from moyu_train.checkpoints.export import CARD
 from moyu_train.files import reading, write_text
 from moyu_train.recipe import Recipe
@@ -24,6 +25,7 @@ LABELS = {
     "dense": "dense parent",
     "control": "dense control",
     "sparse": "**sparse, as it decodes**",
+    "all_heads": "sparse, with all attention heads",
     "rule": "rule mask, exact",
     "oracle": "oracle at the same density",
 }
@@ -92,6 +94,7 @@ def _measured(result: dict[str, Any]) -> list[str]:
     parts = [
         f"On {result['tokens']} tokens of {result['documents']} held-out documents, after {result['tokens_trained']} "
         f"tokens of training: {off} ({read}).",
+        *([heads_said(result["heads"])] if result.get("heads") else []),
         "\n".join(["| | perplexity | ratio |", "|---|---|---|", *rows]),
         f"Ratio: to the smaller of dense and control; of the sparse model {low:.3f} to {high:.3f} (95 % interval).",
     ]

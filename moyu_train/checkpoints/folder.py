@@ -37,8 +37,11 @@ def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
         )
     documents = _test_documents(folder, recipe).first(settings.tokens)
     beside = extras(settings, load_tokenizer(folder))
-    found = evaluate_checkpoint(folder, documents, settings.window, settings.kernel_tokens, beside)
+    tokens, context = settings.kernel_tokens, recipe.heads.context
+    found = evaluate_checkpoint(folder, documents, settings.window, tokens, beside, context)
     ppl = {"sparse": found["scores"], "oracle": found["oracle"], "rule": found["rule"]}
+    if found["heads"]:
+        ppl["all_heads"] = found["all_heads"]
     if parent:
         model = load_dense(resolve_source(recipe.model))
         ppl["dense"] = score(model, documents, settings.window, "evaluate: dense")
@@ -49,7 +52,7 @@ def evaluate_folder(folder: Path, recipe: Recipe) -> dict[str, Any]:
     return {
         "tokens": documents.total,
         "ppl": {name: scores.perplexity for name, scores in ppl.items()},
-        **{name: found.get(name) for name in ("bytes_skipped", "neurons_off", "kernels", "layers")},
+        **{name: found.get(name) for name in ("bytes_skipped", "neurons_off", "heads", "kernels", "layers")},
         **{name: value for extra in beside for name, value in extra.figures().items()},
     }
 

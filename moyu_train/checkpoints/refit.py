@@ -1,4 +1,4 @@
-"""`moyu fit-predictors --from FOLDER`: a sparse checkpoint's predictors again, on the weights that it has now."""
+"""`moyu fit-predictors --from FOLDER`: predictors and routers of a sparse checkpoint again, on its present weights."""
 
 import hashlib
 import shutil
@@ -8,21 +8,27 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from moyu_kernels.checkpoint import MANIFEST, STATE
+from moyu_kernels.heads import HeadRouters
+from moyu_kernels.rules import Rule
 from safetensors.torch import save_file
+from torch import Tensor
 
 from moyu_train import data, own_text
 from moyu_train.checkpoints.export import RECORDED, read_inputs, read_rules, read_weights, write_manifest
 from moyu_train.checkpoints.stage import CHECKPOINT, recorded
 from moyu_train.errors import MoyuError
-from moyu_train.files import read_json, read_tensors, write_json
+from moyu_train.evaluation.head_masks import HeadMasks
+from moyu_train.files import read_json, read_tensors, reading, write_json
 from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.heads import attention_sha256, find_attention
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.masking import InputMasks
-from moyu_train.models.state import predictors_to_tensors, stored_bytes
+from moyu_train.models.state import predictors_to_tensors, routers_to_tensors, stored_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe, load_recipe
 from moyu_train.registry import resolve
-from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.fit import PredictorTrainer, fit_windows
+from moyu_train.training.heads import fit_under
 from moyu_train.training.loop import calibrate_in_loop
 
 
@@ -63,7 +69,8 @@ def recipe_of(folder: Path, overrides: list[str]) -> Recipe:
 def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Fit the predictors of a sparse checkpoint on its present weights, calibrate them, and write them into it.
 
-    The rule stays as it is. Sums of an interrupted fit are kept beside the folder, under the hash of the weights.
+    Routers of attention heads, where it has some, are fitted again too. The rule stays as it is. Sums of an interrupted
+    fit are kept beside the folder, under the hash of the weights.
 
     Raises: MoyuError where the goal of the calibration is out of reach; the checkpoint is then as it was.
     """
@@ -77,28 +84,39 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     train, validation = data.training_text(recipe.data, tokenizer, recipe.fit.window, recipe.data.sources)
     model = load_dense(folder, getattr(torch, recipe.export.dtype))
-    digest = ffn_sha256(model)
+    config = _config(folder)
+    digest, heads = ffn_sha256(model), config["moyu"].get("heads")
+    with reading(folder):
+        attention = attention_sha256(model, heads["paths"]) if heads else None
     model.float()
     rules, inputs = read_rules(folder), read_inputs(folder)
-    key = [digest, train.digest(), recipe.digest("predictor", "fit", "calibrate", "seed"), recipe.export.dtype]
+    settings = recipe.digest("predictor", "fit", "calibrate", "seed")
+    key = [digest, attention or "", train.digest(), settings, recipe.export.dtype]
     work = folder.with_name(f"{folder.name}.refit") / hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
-    windows = train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    windows = fit_windows(recipe, train)
     trainer = PredictorTrainer(model, rules, cls, options, work)
     with InputMasks(model, inputs):
         fitted = trainer.fit(windows, recipe.fit.save_every)
-    settings = recipe.calibrate
-    predictors, figures = calibrate_in_loop(
-        model, rules, fitted, validation, settings, recipe.export.itemsize, inputs, work / "search.jsonl"
-    )
-    tensors = {name: t for name, t in read_tensors(folder / STATE).items() if ".predictor." not in name}
-    config = _config(folder)
+    routers = None
+    if heads:
+        with reading(folder):
+            routers = _routers_again(model, rules, inputs, heads, windows, work / "heads", recipe.fit.save_every)
+    with HeadMasks.of(model, routers):
+        predictors, figures = calibrate_in_loop(
+            model, rules, fitted, validation, recipe.calibrate, recipe.export.itemsize, inputs, work / "search.jsonl"
+        )
+    stored = read_tensors(folder / STATE)
+    tensors = {name: t for name, t in stored.items() if ".predictor." not in name and not name.startswith("heads.")}
+    if routers:
+        tensors |= routers_to_tensors(routers.routers.values())
+        config["moyu"]["heads"] = heads | {"attention_sha256": attention}
     config["architectures"] = [f"Moyu{name}" for name in config["moyu"]["architectures"]]
     config["moyu"]["predictor"] = {"family": cls.form, "ffn_sha256": digest, **recorded(recipe, figures)}
     (folder / MANIFEST).unlink(missing_ok=True)  # until it is whole again, it is no checkpoint
     save_file(tensors | predictors_to_tensors(predictors), folder / STATE)
     write_json(folder / "config.json", config)
-    write_manifest(folder, digest)
+    write_manifest(folder, digest, attention)
     shutil.rmtree(work.parent)
     return {
         "checkpoint": str(folder),
@@ -108,6 +126,24 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
         "tokens": windows.numel(),
         **figures,
     }
+
+
+def _routers_again(
+    model: Any,
+    rules: list[Rule],
+    inputs: dict[str, Rule],
+    heads: dict[str, Any],
+    windows: Tensor,
+    work: Path,
+    save_every: int,
+) -> HeadRouters:
+    """heads: as the config has it; work: for the sums of an interrupted fit."""
+    work.mkdir(exist_ok=True)
+    found = {attention.block.path: attention for attention in find_attention(model)}
+    attentions = [found[path] for path in heads["paths"]]
+    fitted = fit_under(model, rules, inputs, attentions, heads["unit"], windows, work, save_every)
+    by_path = dict(zip(heads["paths"], fitted, strict=True))
+    return HeadRouters(heads["unit"], heads["keep"], heads["output"], by_path)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -8,13 +8,16 @@ import torch
 from moyu_train.checkpoints.card import write_card
 from moyu_train.checkpoints.export import RECORDED, export
 from moyu_train.checkpoints.verify import verify
+from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
 from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.heads import attention_sha256
 from moyu_train.models.loading import load_dense
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
+from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -48,8 +51,13 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     family = resolve("predictor", run.recipe.predictor, PREDICTORS)[0].form if run.recipe.predictor else None
     about = recorded(run.recipe, run.figures("recalibrate")) if family else None
     inputs = input_rules(run, "finetune")
-    weights = run.recipe.export.weights
-    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs, weights)
+    weights, heads = run.recipe.export.weights, head_routers(run)
+    if heads and attention_sha256(model, heads.routers) != run.figures("fit-heads")["attention_sha256"]:
+        raise MoyuError(
+            f"the routers in {str(run.stage_folder('fit-heads'))!r} were fitted for other weights; delete that folder "
+            "and run `moyu fit-heads` again"
+        )
+    export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs, weights, heads)
     stock = bool(rules[0].stock_activation and not inputs and weights == "stored")
     write_card(folder / CHECKPOINT, run.recipe, stock)
     ffn, in_dtype = (

@@ -11,7 +11,7 @@ import torch
 from moyu_kernels.checkpoint import CheckpointError
 from torch import Tensor
 
-from moyu_train.checkpoints.export import read_inputs, read_state, read_weights
+from moyu_train.checkpoints.export import read_heads, read_inputs, read_state, read_weights
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.replay import blocks_of, record, replay
@@ -68,7 +68,11 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
         parts = blocks_of(masks.blocks) | {path: stock.get_submodule(path) for path in inputs}
         # A mask from the prompt is not one of a block's inputs.
         calls = {} if rules[0].prompt else record(stock, parts, ids)
-    figures: dict[str, Any] = {"logits_relative_error": relative(found, expected), "predictors": bool(predictors)}
+    figures: dict[str, Any] = {
+        "logits_relative_error": relative(found, expected),
+        "predictors": bool(predictors),
+        "heads": bool(read_heads(folder)),
+    }
     if calls:
         figures["parts"] = replay(sparse, calls, "verify")
     del sparse

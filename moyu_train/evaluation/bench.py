@@ -23,7 +23,7 @@ from transformers import StaticCache
 from moyu_train.checkpoints.export import read_state, read_weights
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, inputs_skipped
+from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, heads_skipped, inputs_skipped
 from moyu_train.evaluation.bench_llamacpp import KINDS, LlamaCpp, llamacpp_files, load
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.int8 import int8_twin
@@ -184,7 +184,7 @@ def time_decoders(
     read, ffn_stored = ffn_read(sparse, blocks)
     ffn = sum(ffn_bytes(block, itemsize) for block in blocks)
     moved_by = dict.fromkeys((name for name, _ in times), float(weights + cache))
-    moved_by["sparse"] += read - ffn - inputs_skipped(sparse, itemsize)
+    moved_by["sparse"] += read - ffn - inputs_skipped(sparse, itemsize) - heads_skipped(sparse, itemsize, context)
     if "dense_int8" in moved_by:
         moved_by["dense_int8"] += ffn_stored - ffn
     stored = {"sparse": ffn_stored, "dense_int8": ffn_stored}

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moyu_kernels.heads import HeadQuery
 from moyu_kernels.inputs import SparseLinear
 from torch import Tensor
 
@@ -55,4 +56,20 @@ def inputs_skipped(model: Any, itemsize: int) -> float:
             tokens, kept = layer.counts.tolist()
             skipped += layer.in_features * layer.out_features * itemsize - stored_size([layer.threshold])
             skipped -= line_bytes(layer.out_features * itemsize) * kept / tokens
+    return skipped
+
+
+def heads_skipped(model: Any, itemsize: int, context: int) -> float:
+    """Bytes of q rows, keys and values that a batch-1 step does not read, from the counters of routers that decoded.
+
+    Routers count as read. What the output projection skips is in `inputs_skipped`.
+    """
+    skipped = 0.0
+    for query in model.modules():
+        if isinstance(query, HeadQuery) and query.mode == "predicted":
+            tokens, groups = query.counts.tolist()
+            row, units = query.in_features * itemsize, len(query.router)
+            skipped += query.out_features * row - query.keep * query.out_features // units * line_bytes(row)
+            skipped -= stored_size([query.router, query.scale, query.offset])
+            skipped += (query.groups - groups / tokens) * 2 * query.size * context * itemsize
     return skipped

@@ -3,14 +3,17 @@
 Counts come from the very pass that is scored, so perplexity, density and bytes belong together.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+from moyu_kernels.heads import HeadRouters
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import line_bytes
-from moyu_train.models.heads import Attention, contributions
+from moyu_train.models.heads import Attention, contributions, find_attention
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import stored_bytes
 from moyu_train.training.heads import scores
@@ -37,7 +40,7 @@ class HeadMasks:
     """Sets the heads that are off to zero where they reach the output projection, and counts. Keys and values stay.
 
     Args:
-        attentions: from `find_attention`; other layers keep all heads.
+        attentions: from `find_attention`; other layers keep all heads. None at all is fine.
         unit: "head" or "group".
         keep: units kept of each token.
         routers: one a layer, or None for the oracle: the units of largest contribution.
@@ -49,7 +52,7 @@ class HeadMasks:
         attentions: list[Attention],
         unit: str,
         keep: int,
-        routers: list[dict[str, Tensor]] | None,
+        routers: Sequence[Mapping[str, Tensor]] | None,
         batch: int = 1,
     ) -> None:
         self.attentions, self.unit, self.keep = attentions, unit, keep
@@ -57,6 +60,20 @@ class HeadMasks:
         self.grams = [attention.grams(unit) for attention in attentions]
         self.counts = HeadCounts.zeros(len(attentions))
         self._masking = Masking([a.block for a in attentions], self._mask, inputs=routers is not None)
+
+    @classmethod
+    def of(cls, model: Any, heads: HeadRouters | None, oracle: bool = False) -> Self:
+        """The masks of a checkpoint's routers on its stock model, or of the oracle at their density; none without.
+
+        Raises: MoyuError where the model lacks a module that has a router.
+        """
+        if heads is None:
+            return cls([], "head", 0, [])
+        found = {attention.block.path: attention for attention in find_attention(model)}
+        if missing := [path for path in heads.routers if path not in found]:
+            raise MoyuError(f"there are routers for the heads of {missing[0]}, which the model lacks; export it again")
+        attentions = [found[path] for path in heads.routers]
+        return cls(attentions, heads.unit, heads.keep, None if oracle else list(heads.routers.values()))
 
     def _mask(self, layer: int, a: Tensor, expert: int | None) -> Tensor:
         contribution = contributions(a, self.grams[layer])
@@ -106,6 +123,32 @@ class HeadMasks:
             groups = (c.groups[layer] / c.tokens[layer]).item()
             cache += self.batch * groups * 2 * size * context * itemsize
         return weights, cache
+
+    def skipped(self, others: list[Attention], itemsize: int, context: int) -> dict[str, float]:
+        """Shares of what a dense decode step reads that is not read, here and in the layers `others` that keep all:
+        `weights_skipped` (of q, k, v and o; routers counted as read), `cache_skipped` and `bytes_skipped` of both.
+        """
+        rest = dense_bytes(others, itemsize, context, self.batch)
+        whole = dense_bytes(self.attentions, itemsize, context, self.batch)
+        read = self.bytes_read(itemsize, context)
+        weights, cache = (1 - (r + part) / (r + all_) for r, part, all_ in zip(rest, read, whole, strict=True))
+        both = 1 - (sum(rest) + sum(read)) / (sum(rest) + sum(whole))
+        return {"weights_skipped": weights, "cache_skipped": cache, "bytes_skipped": both}
+
+    def figures(self, model: Any, itemsize: int, context: int) -> dict[str, Any]:
+        """Of all attention layers of `model`, some of which keep all heads: `skipped`, `quality`, and what ran."""
+        paths = {attention.block.path for attention in self.attentions}
+        others = [attention for attention in find_attention(model) if attention.block.path not in paths]
+        return {
+            "unit": self.unit,
+            "keep": self.keep,
+            "units": self.attentions[0].units(self.unit),
+            "layers": len(self.attentions),
+            "dense_layers": len(others),
+            "context": context,
+            **self.skipped(others, itemsize, context),
+            **self.quality(),
+        }
 
 
 def most(values: Tensor, keep: int) -> Tensor:

@@ -3,44 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from moyu_kernels.heads import install_heads, simulated_because
+from moyu_kernels.heads import HeadRouters, install_heads, simulated_because
 
-from moyu_train.errors import MoyuError
-from moyu_train.evaluation.head_masks import HeadMasks, dense_bytes
+from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.evaluation.through_kernels import check_agreement, decoded_losses, masked_losses, perplexity
 from moyu_train.models.heads import Attention, find_attention
-from moyu_train.training.heads import Routers, fit_routers
+from moyu_train.training.heads import Routers, check_shares, fit_routers, sparse_attentions
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
-
-
-def check_heads(run: "Run") -> None:
-    """Before any weights are loaded.
-
-    Raises: MoyuError where the model has no attention that is known, or not the layers and heads that are asked for.
-    """
-    settings, attentions = run.recipe.heads, find_attention(run.skeleton)
-    last = len(attentions) - 1
-    if any(layer > last for layer in settings.dense_layers) or len(set(settings.dense_layers)) > last:
-        raise MoyuError(
-            f"heads.dense_layers {list(settings.dense_layers)}: the model has the layers 0 to {last}, and at least one "
-            "has to be sparse; name fewer of these"
-        )
-    numbers = sorted({attention.units(settings.unit) for attention in attentions})
-    if len(numbers) > 1:
-        raise MoyuError(
-            f"heads.unit {settings.unit!r}: layers of this model have {numbers} of them, and as many are kept in all; "
-            "use another model"
-        )
-    for density in settings.densities:
-        keep = round(density * numbers[0])
-        if not 1 <= keep < numbers[0]:
-            raise MoyuError(
-                f"heads.densities {density} keeps {keep} of the {numbers[0]} {settings.unit}s of a layer; give shares "
-                "that keep at least one and not all"
-            )
 
 
 def heads(run: "Run") -> dict[str, Any]:
@@ -53,7 +25,7 @@ def heads(run: "Run") -> dict[str, Any]:
     the units of `router`, of `oracle`, and of `fixed`: those of largest mean for every token. `points` tells the rest.
     """
     recipe, settings = run.recipe, run.recipe.heads
-    check_heads(run)
+    check_shares(find_attention(run.skeleton), settings, "densities", settings.densities)
     model = run.dense()
     attentions = find_attention(model)
     judge = Judge(run, model, attentions, *fit_routers(run, model, attentions))
@@ -89,7 +61,7 @@ class Judge:
         self.documents, self.window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
         self.units = attentions[0].units(settings.unit)
         layers = [i for i in range(len(attentions)) if i not in settings.dense_layers]
-        self.attentions = [attentions[i] for i in layers]
+        self.attentions = sparse_attentions(attentions, settings)
         self.routers, self.fixed = [routers[i] for i in layers], [fixed[i] for i in layers]
         self.dense_layers = [attentions[i] for i in settings.dense_layers]
         self.itemsize = getattr(torch, recipe.export.dtype).itemsize
@@ -112,12 +84,7 @@ class Judge:
                 scores = self.score(f"{keep} of {self.units} {self.settings.unit}s, {name}")
             found[name] = scores, masks
         masks = found["router"][1]
-        rest = dense_bytes(self.dense_layers, self.itemsize, self.settings.context, batch)
-        whole = dense_bytes(self.attentions, self.itemsize, self.settings.context, batch)
-        read = masks.bytes_read(self.itemsize, self.settings.context)
-        weights, cache = (1 - (r + part) / (r + all_) for r, part, all_ in zip(rest, read, whole, strict=True))
-        skipped = 1 - (sum(rest) + sum(read)) / (sum(rest) + sum(whole))
-        bytes_ = {"weights_skipped": weights, "cache_skipped": cache, "bytes_skipped": skipped}
+        bytes_ = masks.skipped(self.dense_layers, self.itemsize, self.settings.context)
         row = {
             "density": keep / self.units,
             "keep": keep,
@@ -147,7 +114,7 @@ class Judge:
             masked = masked_losses(self.model, few)
         named = zip(self.attentions, self.routers, strict=True)
         routers = {attention.block.path: router for attention, router in named}
-        install_heads(self.model, routers, keep, self.attentions[0].block.down)
+        install_heads(self.model, HeadRouters(self.settings.unit, keep, self.attentions[0].block.down, routers))
         found = decoded_losses(self.model, few)
         check_agreement(found, masked)
         return {"perplexity": perplexity(found), "tokens": len(few), "masked_perplexity": perplexity(masked)}

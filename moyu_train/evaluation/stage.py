@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 from moyu_kernels.loading import LAYOUTS_WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
-from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state, read_weights, stored_dtype
+from moyu_train.checkpoints.export import (
+    MANIFEST,
+    read_heads,
+    read_inputs,
+    read_state,
+    read_weights,
+    stored_dtype,
+)
 from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.data import Documents, overlap
 from moyu_train.evaluation.extras import Extra, extras
+from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.evaluation.through_kernels import through_kernels
@@ -25,18 +33,26 @@ if TYPE_CHECKING:
 
 
 def evaluate_checkpoint(
-    folder: Path, documents: Documents, window: int, kernel_tokens: int, beside: Sequence[Extra] = ()
+    folder: Path,
+    documents: Documents,
+    window: int,
+    kernel_tokens: int,
+    beside: Sequence[Extra] = (),
+    context: int = 2048,
 ) -> dict[str, Any]:
     """A sparse checkpoint as it decodes: predicted masks at every scored position, and the same through the kernels.
 
     The masked multi-token path computes in fp32 on the stored weights. `kernel_tokens` of the text are decoded one by
     one through the kernels, and have to agree with it. `beside` measures what else is asked for, under the same masks.
+
+    With routers of heads, the masks of heads are on too, except under the rule; `all_heads` is the sparse model without
+    them, and `heads` tells what they skip at `context` tokens.
     """
     rules, predictors = read_state(folder)
-    inputs = read_inputs(folder)
+    inputs, heads = read_inputs(folder), read_heads(folder)
     itemsize = weight_itemsize(folder)
     model = load_dense(folder)
-    with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
+    with SparseMasks(model, rules, predictors, inputs=inputs) as masks, HeadMasks.of(model, heads) as of_heads:
         sparse = score(model, documents, window, "evaluate: sparse")
     simulated = rules[0].op is None or any(block.layout not in LAYOUTS_WITH_OP for block in masks.blocks)
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
@@ -48,20 +64,24 @@ def evaluate_checkpoint(
         "neurons_off": masks.neurons_off(),
         "inputs_off": masks.inputs.off() if inputs else None,
         "layers": masks.per_layer(),
+        "heads": of_heads.figures(model, stored_dtype(folder).itemsize, context) if heads else None,
     }
     for extra in beside:
-        with SparseMasks(model, rules, predictors, inputs=inputs) as counted:
+        with SparseMasks(model, rules, predictors, inputs=inputs) as counted, HeadMasks.of(model, heads):
             extra.add("sparse", model, counted)
-    with SparseMasks(model, rules, predictors, oracle=True, inputs=inputs):
+    with SparseMasks(model, rules, predictors, oracle=True, inputs=inputs), HeadMasks.of(model, heads, oracle=True):
         figures["oracle"] = score(model, documents, window, "evaluate: oracle at the same density")
     figures |= {"rule": sparse, "rule_neurons_off": masks.neurons_off()}
-    if predictors:
+    if heads:
+        with SparseMasks(model, rules, predictors, inputs=inputs):
+            figures["all_heads"] = score(model, documents, window, "evaluate: sparse, all heads")
+    if predictors or heads:
         with SparseMasks(model, rules, None, inputs=inputs) as rule:
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
     if kernel_tokens and not simulated:
         few = documents.windows(min(kernel_tokens, window))[0][1]
-        figures["kernels"] = through_kernels(folder, model, rules, predictors, inputs, few)
+        figures["kernels"] = through_kernels(folder, model, few)
     return figures
 
 
@@ -70,7 +90,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     window, documents = run.recipe.evaluate.window, run.test.first(run.recipe.evaluate.tokens)
     checkpoint = run.stage_folder("export") / CHECKPOINT
     beside = extras(run.recipe.evaluate, run.tokenizer)
-    found = evaluate_checkpoint(checkpoint, documents, window, run.recipe.evaluate.kernel_tokens, beside)
+    tokens, context = run.recipe.evaluate.kernel_tokens, run.recipe.heads.context
+    found = evaluate_checkpoint(checkpoint, documents, window, tokens, beside, context)
     model = run.dense()
     dense = score(model, documents, window, "evaluate: dense")
     for extra in beside:
@@ -91,6 +112,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
             extra.add("control", model)
     best = min(variants.values(), key=lambda scores: scores.perplexity)
     variants |= rounded | {
+        **({"all_heads": found["all_heads"]} if found["heads"] else {}),
         "rule": found["rule"],
         "oracle": found["oracle"],
         "sparse": found["scores"],
@@ -108,6 +130,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         "neurons_off": found["neurons_off"],
         "rule_neurons_off": found["rule_neurons_off"],
         "inputs_off": found["inputs_off"],
+        "heads": found["heads"],
         "kernels": found.get("kernels"),
         "overlap_13gram": overlap(run.train, documents),
         "layers": found["layers"],

@@ -11,12 +11,12 @@ from typing import Any
 
 import moyu_kernels
 import torch
-from moyu_kernels.rules import Rule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moyu_train.checkpoints.export import stored_dtype
+from moyu_train.checkpoints.export import read_heads, read_inputs, read_state, stored_dtype
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.replay import blocks_of, record, replay
 from moyu_train.models.blocks import device_of
@@ -28,22 +28,19 @@ STANDARD_ERRORS = 3.0  # of the mean difference of a token's loss, which chance 
 REPLAYED = 64  # tokens that each block is given again
 
 
-def through_kernels(
-    folder: Path,
-    model: Any,
-    rules: list[Rule],
-    predictors: list[dict[str, Tensor]] | None,
-    inputs: dict[str, Rule],
-    ids: Tensor,
-) -> dict[str, Any]:
-    """Decode `ids` `[T]` one by one, in fp32 and as stored, and compare with the masked path of `model` in fp32.
+def through_kernels(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
+    """Decode `ids` `[T]` one by one, in fp32 and as stored, and compare with the masked path in fp32.
+
+    model: the stock model with the checkpoint's weights.
 
     Returns: `perplexity` as stored, since rounding moves activations over thresholds, `fp32_perplexity`,
         `masked_perplexity`, `tokens`; with predictors `blocks`, as of `replay`, else None.
 
     Raises: MoyuError where the two paths do not agree in fp32.
     """
-    with SparseMasks(model, rules, predictors, inputs=inputs) as masks:
+    rules, predictors = read_state(folder)
+    inputs, heads = read_inputs(folder), read_heads(folder)
+    with SparseMasks(model, rules, predictors, inputs=inputs) as masks, HeadMasks.of(model, heads):
         masked = masked_losses(model, ids)
         calls = record(model, blocks_of(masks.blocks), ids[None, :REPLAYED]) if predictors else {}
     sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32)

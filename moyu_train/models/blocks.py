@@ -249,5 +249,10 @@ def ffn_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for block in find_blocks(model):
         for weight in block.weights():
-            digest.update(weight.contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+            add_weight(digest, weight)
     return digest.hexdigest()
+
+
+def add_weight(digest: Any, weight: Tensor) -> None:
+    """Add a weight's bytes, of its dtype, to a hash of hashlib."""
+    digest.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)

@@ -1,5 +1,7 @@
 """Attention found by structure: which inputs of the output projection are whose head, and what a head adds."""
 
+import hashlib
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.blocks import FFNBlock
-from moyu_train.models.structure import sizes
+from moyu_train.models.blocks import FFNBlock, add_weight
+from moyu_train.models.structure import base_layer, sizes
 
 # Projections of the input (query, key and value, or all in one), and the one back.
 PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -40,6 +42,18 @@ class Attention:
         """`W_u.T @ W_u` of each unit's columns of the output projection, fp32 `[U, S, S]`."""
         parts = self.block.down_matrix().float().unflatten(1, (self.units(unit), -1))  # [D, U, S]
         return torch.einsum("dus,dut->ust", parts, parts)
+
+
+def attention_sha256(model: Any, paths: Container[str], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over the projections' weights of the attention modules at `paths`, in the model's order, as bytes of
+    their dtype, or of `dtype`: what routers are tied to.
+    """
+    digest = hashlib.sha256()
+    for attention in find_attention(model):
+        if attention.block.path in paths:
+            for name in (*attention.inputs, attention.block.down):
+                add_weight(digest, base_layer(getattr(attention.block.module, name)).weight.to(dtype))
+    return digest.hexdigest()
 
 
 def contributions(a: Tensor, grams: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
 
+from collections.abc import Iterable, Mapping
+
 from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED
 from torch import Tensor
 
@@ -28,6 +30,11 @@ def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor
     return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
 
 
-def stored_bytes(predictor: dict[str, Tensor]) -> int:
+def routers_to_tensors(routers: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Of attention heads, one a module."""
+    return {f"heads.{i}.{name}": t.contiguous() for i, router in enumerate(routers) for name, t in router.items()}
+
+
+def stored_bytes(predictor: Mapping[str, Tensor]) -> int:
     """Bytes that a decode step reads of one predictor: every tensor, once, at its stored dtype."""
     return sum(tensor.numel() * tensor.element_size() for tensor in predictor.values())

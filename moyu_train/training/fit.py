@@ -11,11 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import device_of, find_blocks
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
+from moyu_train.recipe import Recipe
+
+
+def fit_windows(recipe: Recipe, train: Documents) -> Tensor:
+    """The text that predictors and routers are fitted on, int64 `[N, T]`."""
+    return train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
 
 
 class PredictorTrainer:

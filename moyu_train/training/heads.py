@@ -4,22 +4,31 @@ After Polar Sparsity (arXiv 2505.14884), whose head router is one linear map, an
 the least-squares solution for `sqrt(contribution)`, from sums that are streamed in one pass over text.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as functional
+from accelerate import PartialState
+from moyu_kernels.heads import HeadRouters
+from moyu_kernels.rules import Rule
+from safetensors.torch import save_file
 from torch import Tensor
 
-from moyu_train.models.blocks import device_of
-from moyu_train.models.heads import Attention, contributions
-from moyu_train.models.masking import Masking
+from moyu_train.errors import MoyuError
+from moyu_train.files import read_tensors, reading
+from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.heads import Attention, contributions, find_attention
+from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.predictors.lowrank import LowRank, quantise_rows
-from moyu_train.training.fit import PredictorTrainer
+from moyu_train.settings_export import Heads
+from moyu_train.training.fit import PredictorTrainer, fit_windows
 
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
+FILE = "heads.safetensors"  # routers by their attention's path, in the folder of fit-heads
 Routers = list[dict[str, Tensor]]  # storage form, one a layer
 
 
@@ -45,7 +54,7 @@ class Router(LowRank):
         return {"weight": weight, "scale": torch.ones(len(mean_y)), "bias": mean_y.float()}
 
 
-def scores(x: Tensor, router: dict[str, Tensor]) -> Tensor:
+def scores(x: Tensor, router: Mapping[str, Tensor]) -> Tensor:
     """A router's score of each unit, fp32 `[..., U]`, of an attention's input x `[..., D]`."""
     weight, scale, bias = (router[name].to(x.device) for name in ("weight", "scale", "bias"))
     return functional.linear(x.float(), weight.float()) * scale + bias
@@ -72,13 +81,85 @@ class RouterTrainer(PredictorTrainer):
         return masking
 
 
+def sparse_attentions(attentions: list[Attention], settings: Heads) -> list[Attention]:
+    """Those whose heads are chosen."""
+    return [attention for layer, attention in enumerate(attentions) if layer not in settings.dense_layers]
+
+
+def check_shares(attentions: list[Attention], settings: Heads, name: str, shares: Sequence[float]) -> None:
+    """Whether `heads` fits a model. Args: name: of the setting that holds the `shares` of units kept.
+
+    Raises: MoyuError where it has not the layers and heads that are asked for.
+    """
+    last = len(attentions) - 1
+    if any(layer > last for layer in settings.dense_layers) or len(set(settings.dense_layers)) > last:
+        raise MoyuError(
+            f"heads.dense_layers {list(settings.dense_layers)}: the model has the layers 0 to {last}, and at least one "
+            "has to be sparse; name fewer of these"
+        )
+    numbers = sorted({attention.units(settings.unit) for attention in attentions})
+    if len(numbers) > 1:
+        raise MoyuError(
+            f"heads.unit {settings.unit!r}: layers of this model have {numbers} of them, and as many are kept in all; "
+            "use another model"
+        )
+    for share in shares:
+        keep = round(share * numbers[0])
+        if not 1 <= keep < numbers[0]:
+            raise MoyuError(
+                f"heads.{name} {share} keeps {keep} of the {numbers[0]} {settings.unit}s of a layer; give a share "
+                "that keeps at least one and not all"
+            )
+
+
+def fit_under(
+    model: Any,
+    rules: list[Rule],
+    inputs: Mapping[str, Rule],
+    attentions: list[Attention],
+    unit: str,
+    windows: Tensor,
+    folder: Path,
+    save_every: int,
+) -> Routers:
+    """Routers fitted on the model under exact masks: the rules of its FFN blocks and of sparse inputs, by path."""
+    blocks = find_blocks(model)
+    trainer = RouterTrainer(model, attentions, unit, folder)
+    masks = Masking(blocks, lambda layer, a, expert: rules[layer].mask(a, expert), rules=rules)
+    with masks, InputMasks(model, dict(inputs)):
+        return trainer.fit(windows, save_every)
+
+
+def write_routers(folder: Path, attentions: list[Attention], routers: Routers) -> None:
+    if PartialState().is_main_process:
+        tensors = {
+            f"{attention.block.path}.{part}": tensor
+            for attention, router in zip(attentions, routers, strict=True)
+            for part, tensor in router.items()
+        }
+        save_file(tensors, folder / FILE)
+
+
+def head_routers(run: "Run") -> HeadRouters | None:
+    """What `fit-heads` left, with the units that the recipe keeps; none without `heads.keep`."""
+    settings = run.recipe.heads
+    if settings.keep is None:
+        return None
+    tensors = read_tensors(run.stage_folder("fit-heads") / FILE)
+    attentions = sparse_attentions(find_attention(run.skeleton), settings)
+    parts = ("weight", "scale", "bias")
+    with reading(run.stage_folder("fit-heads") / FILE):
+        routers = {a.block.path: {part: tensors[f"{a.block.path}.{part}"] for part in parts} for a in attentions}
+    keep = round(settings.keep * attentions[0].units(settings.unit))
+    return HeadRouters(settings.unit, keep, attentions[0].block.down, routers)
+
+
 def fit_routers(run: "Run", model: Any, attentions: list[Attention]) -> tuple[Routers, Routers]:
     """Routers of all layers on the recipe's `fit.tokens`, and such as name the same units for every token."""
     recipe = run.recipe
     digest = recipe.digest("fit", "data", "seed", "heads.unit")[:12]
     folder = run.folder / "heads" / f"{digest}-{run.inputs_digest[:12]}"  # resumes what it was broken off in
     folder.mkdir(parents=True, exist_ok=True)
-    windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
     trainer = RouterTrainer(model, attentions, recipe.heads.unit, folder)
-    routers = trainer.fit(windows, recipe.fit.save_every)
+    routers = trainer.fit(fit_windows(recipe, run.train), recipe.fit.save_every)
     return routers, [router.fixed() for router in trainer.predictors]

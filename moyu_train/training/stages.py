@@ -1,16 +1,20 @@
-"""The stages around fine-tuning: calibrate, fit-predictors, calibrate-in-loop, refit-predictors, recalibrate."""
+"""The stages around fine-tuning: what is calibrated and fitted before it, and again after it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
+from moyu_kernels.heads import HeadRouters
 from safetensors.torch import save_file
 from torch import Tensor
 
 from moyu_train.analysis.plots import calibration
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.heads import attention_sha256, find_attention
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
@@ -26,7 +30,8 @@ from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.allocation import densities
-from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.fit import PredictorTrainer, fit_windows
+from moyu_train.training.heads import fit_under, head_routers, sparse_attentions, write_routers
 from moyu_train.training.inputs import calibrate_inputs, input_rules, write_inputs
 from moyu_train.training.loop import calibrate_in_loop
 from moyu_train.training.rule import calibrate_rule
@@ -72,7 +77,7 @@ def _fit(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
     assert recipe.predictor  # the pipeline runs this stage only with one
     cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
     trainer = PredictorTrainer(model, sparsifier_of(recipe, thresholds).rules, cls, options, folder)
-    windows = run.train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    windows = fit_windows(recipe, run.train)
     with InputMasks(model, input_rules(run, source)):
         predictors = trainer.fit(windows, recipe.fit.save_every)
     write(folder, thresholds, predictors)
@@ -94,25 +99,44 @@ def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
     return _fit(run, folder, "finetune", _finetuned(run))
 
 
+def fit_heads(run: "Run", folder: Path) -> dict[str, Any]:
+    """Routers of attention heads on the fine-tuned model, under its rule's exact masks."""
+    recipe, model = run.recipe, _finetuned(run)
+    rules = sparsifier_of(recipe, read(run.stage_folder("finetune"))[0]).rules
+    attentions, windows = sparse_attentions(find_attention(model), recipe.heads), fit_windows(recipe, run.train)
+    inputs, unit = input_rules(run, "finetune"), recipe.heads.unit
+    routers = fit_under(model, rules, inputs, attentions, unit, windows, folder, recipe.fit.save_every)
+    write_routers(folder, attentions, routers)
+    paths, dtype = [attention.block.path for attention in attentions], getattr(torch, recipe.export.dtype)
+    return {
+        "tokens": windows.numel(),
+        "router_bytes": sum(map(stored_bytes, routers)),
+        "attention_sha256": attention_sha256(model, paths, dtype),
+    }
+
+
 def _finetuned(run: "Run") -> Any:
     """The fine-tuned model on the weights that the export decodes with: predictors and their cuts are for these."""
     model = load_dense(run.stage_folder("finetune") / "model")
     return round_ffn(model) if run.recipe.export.weights == "int8" else model
 
 
-def _in_loop(run: "Run", folder: Path, source: str, weights: str, model: Any) -> dict[str, Any]:
+def _in_loop(
+    run: "Run", folder: Path, source: str, weights: str, model: Any, heads: HeadRouters | None = None
+) -> dict[str, Any]:
     """source: the stage that fitted the predictors; weights: the one whose rules go with the model's weights."""
     thresholds, fitted = read(run.stage_folder(source))
-    predictors, figures = calibrate_in_loop(
-        model,
-        sparsifier_of(run.recipe, thresholds).rules,
-        fitted,
-        run.validation,
-        run.recipe.calibrate,
-        run.recipe.export.itemsize,
-        input_rules(run, weights),
-        folder / "search.jsonl",
-    )
+    with HeadMasks.of(model, heads):
+        predictors, figures = calibrate_in_loop(
+            model,
+            sparsifier_of(run.recipe, thresholds).rules,
+            fitted,
+            run.validation,
+            run.recipe.calibrate,
+            run.recipe.export.itemsize,
+            input_rules(run, weights),
+            folder / "search.jsonl",
+        )
     write(folder, thresholds, predictors)
     if PartialState().is_main_process:
         calibration(figures).savefig(folder / CALIBRATION, dpi=120)
@@ -130,7 +154,7 @@ def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts again, with the fine-tuned model in the loop."""
     model = _finetuned(run)
     _check_weights(run, "refit-predictors", model)
-    return _in_loop(run, folder, "refit-predictors", "finetune", model)
+    return _in_loop(run, folder, "refit-predictors", "finetune", model, head_routers(run))
 
 
 def _check_weights(run: "Run", stage: str, model: Any) -> None:

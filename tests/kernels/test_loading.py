@@ -159,8 +159,8 @@ def test_unknown_predictor_family(checkpoint: Factory) -> None:
 
 def test_other_format_version(checkpoint: Factory) -> None:
     folder = checkpoint()
-    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=5))
-    with pytest.raises(CheckpointError, match="format version 5"):
+    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=6))
+    with pytest.raises(CheckpointError, match="format version 6"):
         from_pretrained(folder)
     reseal(folder)
     rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=7))
