@@ -196,7 +196,7 @@ class Run:
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""
         found, needs = [], STAGES[name].needs
-        if name == "finetune" and self.recipe.finetune.parent == CONTROL:
+        if name == "finetune" and CONTROL in (self.recipe.finetune.parent, self.recipe.finetune.learning_rate):
             needs = (*needs, "control")
         for need in needs:
             found += [need] if need in self.stages else self.needs(need)

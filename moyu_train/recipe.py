@@ -104,6 +104,8 @@ class Recipe(Section):
             )
         if self.finetune.parent == CONTROL and not self.control:
             raise ValueError("finetune.parent 'control' distils from the dense control, and control is null; give one")
+        if self.finetune.learning_rate == CONTROL and not self.control:
+            raise ValueError("finetune.learning_rate 'control' is the dense control's, and control is null; give one")
         if self.finetune.parent == SHARED and not (self.finetune.lora and self.finetune.block_weight == 0):
             raise ValueError(
                 "finetune.parent 'shared' is the student without its deltas, for finetune.lora with block_weight 0; "

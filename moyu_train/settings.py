@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -191,7 +191,9 @@ class Optimise(Section):
     window: int = Field(256, ge=8, description="tokens per training sequence")
     batch: int = Field(4, ge=1, description="sequences per device and micro-batch")
     accumulation: int = Field(1, ge=1, description="micro-batches per optimizer step")
-    learning_rate: float = Field(1e-4, gt=0, description="at its highest, after the warm-up")
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["control"] = Field(
+        1e-4, description="at its highest, after the warm-up; `control`: the one that suited the dense control best"
+    )
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     save_steps: int = Field(10, ge=1, description="optimizer steps between checkpoints")

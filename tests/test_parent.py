@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import CONFIGS, save_tiny, tiny_model, tiny_settings, tokenizer
 from transformers import LlamaForCausalLM
 
@@ -52,6 +53,23 @@ def test_the_control_can_be_the_parent(tmp_path: Path) -> None:
     control = load_dense(run.stage_folder("control") / run.figures("control")["model"])
     assert kl_of_all_steps(run) == pytest.approx(expected_kl(run, control), rel=1e-3)
     assert expected_kl(run, control) != pytest.approx(expected_kl(run, run.dense()), rel=0.05)
+
+
+def test_the_control_can_say_the_learning_rate(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, "")
+    settings["finetune"]["learning_rate"] = "control"
+    settings["control"] = {"learning_rates": [1e-12, 3e-3]}
+    run = Run(Recipe.model_validate(settings))
+    run_stage(run, "calibrate")
+    with pytest.raises(MoyuError, match="stage 'control' is not finished"):
+        run_stage(run, "finetune")
+    run_stage(run, "control")
+    run_stage(run, "finetune")
+    assert run.figures("control")["best_learning_rate"] == "0.003"
+    lines = (run.stage_folder("finetune") / "metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["learning_rate"] for line in lines) == pytest.approx(3e-3, rel=0.1)
+    with pytest.raises(ValidationError, match="learning_rate 'control' is the dense control's, and control is null"):
+        Recipe.model_validate(settings | {"control": None})
 
 
 def test_another_model_can_be_the_parent(tmp_path: Path) -> None:

@@ -166,6 +166,11 @@ def train(
     return merged, log, figures | moved
 
 
+def learning_rate(run: "Run") -> float:
+    asked = run.recipe.finetune.learning_rate
+    return asked if isinstance(asked, float) else float(run.figures("control")["best_learning_rate"])
+
+
 def _like(run: "Run", model: Any, settings: Optimise) -> Any:
     """A fresh dense model with the marker and the deltas that `model` has."""
     fresh = run.dense()
@@ -247,7 +252,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
         model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity, inputs)
         log: list[dict[str, float]] = []
     else:
-        model, log, ran = train(run, folder, settings, settings.learning_rate, sparsity, model, inputs)
+        model, log, ran = train(run, folder, settings, learning_rate(run), sparsity, model, inputs)
         tokens = len(log) * settings.tokens_per_step * PartialState().num_processes
     sparsity.remove()
     if inputs:
