@@ -18,7 +18,7 @@ from moyu_train.files import read_json, read_tensors, write_json
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.masking import InputMasks
-from moyu_train.models.state import predictors_to_tensors, stored_bytes
+from moyu_train.models.state import family_of, predictors_to_tensors, stored_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe, load_recipe
 from moyu_train.registry import resolve
@@ -94,7 +94,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
     tensors = {name: t for name, t in read_tensors(folder / STATE).items() if ".predictor." not in name}
     config = _config(folder)
     config["architectures"] = [f"Moyu{name}" for name in config["moyu"]["architectures"]]
-    config["moyu"]["predictor"] = {"family": cls.form, "ffn_sha256": digest, **recorded(recipe, figures)}
+    config["moyu"]["predictor"] = {"family": family_of(predictors), "ffn_sha256": digest, **recorded(recipe, figures)}
     (folder / MANIFEST).unlink(missing_ok=True)  # until it is whole again, it is no checkpoint
     save_file(tensors | predictors_to_tensors(predictors), folder / STATE)
     write_json(folder / "config.json", config)

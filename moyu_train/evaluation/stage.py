@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import moyu_kernels
 import torch
-from moyu_kernels.loading import LAYOUTS_WITH_OP
+from moyu_kernels.ffn import LAYOUTS_WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
 from moyu_train.checkpoints.export import MANIFEST, read_inputs, read_state, read_weights

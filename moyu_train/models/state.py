@@ -1,6 +1,8 @@
 """Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
 
-from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED
+from collections.abc import Sequence
+
+from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED, predictor_family
 from torch import Tensor
 
 
@@ -26,6 +28,11 @@ def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor
     names = next((names for names in (PREDICTORS | SIMULATED).values() if set(names) == stored), ())
     count = _blocks(tensors) if names else 0
     return [{name: tensors[f"blocks.{i}.predictor.{name}"] for name in names} for i in range(count)]
+
+
+def family_of(predictors: Sequence[dict[str, Tensor]] | None) -> str | None:
+    """What a checkpoint calls predictors in this storage form; None where there are none."""
+    return predictor_family(list(predictors[0].values())) if predictors else None
 
 
 def stored_bytes(predictor: dict[str, Tensor]) -> int:
