@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moyu_kernels.loading import simulated_because
+from moyu_kernels.ffn import int8_refused_because, sees_sequences, simulated_because
 from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 from moyu_kernels.rules import Rule
 
@@ -62,6 +62,12 @@ def check_model(recipe: Recipe, model: Any) -> None:
                 f"sparsifier {cls.name!r} takes its mask from {rule.prompt} tokens and then uses it, and "
                 f"{name}.window is {window}: lower sparsifier.prompt, or raise {name}.window"
             )
+    flat = (b.path for b in blocks if b.layout == "plain" and not sees_sequences(b.module, b.describe()))
+    if rule.prompt and (path := next(flat, None)):
+        raise MoyuError(
+            f"sparsifier {cls.name!r} takes masks from the first tokens of a sequence, and {path} sees the tokens of "
+            "all sequences in one row; use another sparsifier, such as 'threshold'"
+        )
     if recipe.bench and rule.prompt > min(recipe.bench.contexts):
         raise MoyuError(short_context(rule.prompt, recipe.bench.contexts))
     if recipe.heads.keep is not None:
@@ -91,7 +97,8 @@ def _without_op(rule: Rule, act: str, blocks: list[FFNBlock]) -> tuple[str, str]
 
 
 def _check_int8(rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
-    if found := _without_op(rule, act, blocks):
+    refused = ((b.path, int8_refused_because(b.describe())) for b in blocks)
+    if found := _without_op(rule, act, blocks) or next((found for found in refused if found[1]), None):
         raise MoyuError(
             f"export.weights 'int8': {found[0]} cannot have int8 weights, since {found[1]}; use export.weights: "
             "stored (--export.weights stored)"
@@ -133,7 +140,7 @@ def _check_predictor(recipe: Recipe, sparsifier: str, rule: Rule, blocks: list[F
             )
         console.print(f"predictor {cls.name!r} is simulated: masks on a dense model, nothing is skipped")
     dense = sum(ffn_bytes(block, recipe.export.itemsize) for block in blocks)
-    share = sum(cls.planned_bytes(options, block.hidden, block.neurons) for block in blocks) / dense
+    share = sum(cls.planned_bytes(options, b.hidden, b.neurons, b.layout != "plain") for b in blocks) / dense
     target = recipe.calibrate.bytes_skipped
     if target is not None and share + target >= 1:
         raise MoyuError(

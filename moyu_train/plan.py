@@ -109,7 +109,10 @@ def _files(recipe: Recipe, found: Sizes) -> dict[str, int | None]:
     predictors = 0
     if recipe.predictor:
         cls, options = resolve("predictor", recipe.predictor, PREDICTORS)
-        predictors = sum(cls.planned_bytes(options, found.hidden, neurons) for neurons in found.neurons)
+        predictors = sum(
+            cls.planned_bytes(options, found.hidden, neurons, gated)
+            for neurons, gated in zip(found.neurons, found.gated, strict=True)
+        )
     weights = found.trainable if recipe.finetune.lora else found.parameters
     return {
         "delta": HALF * found.trainable + thresholds if recipe.finetune.lora else None,

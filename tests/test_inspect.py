@@ -15,6 +15,7 @@ from moyu_train.cli import main
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import describe_blocks, find_blocks
 from moyu_train.models.inspection import inspect
+from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import Run
 from moyu_train.recipe import Recipe, RecipeError, load_recipe
 
@@ -41,7 +42,7 @@ def test_a_config_is_enough(case: Case, tmp_path: Path) -> None:
         names = [name for name in (block["gate"], block["up"], block["down"]) if name]
         size = sum(within[name if name in within else f"{name}.weight"].numel() for name in names)
         assert block["share"] == pytest.approx(size / total)
-        assert block["kernels"] == (expected.layout in ("gated", "fused")) == (not block["simulated_because"])
+        assert block["kernels"] == (expected.layout != "experts") == (not block["simulated_because"])
     assert figures["share"] == pytest.approx(sum(block["share"] for block in figures["blocks"]))
     covered = {f"{block['path']}.{name}" for block in figures["blocks"] for name in (block["up"], block["down"])}
     for other in figures["others"]:
@@ -140,7 +141,8 @@ def test_a_description_goes_all_the_way(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert [block["path"] for block in config["moyu"]["blocks"]] == ["transformer.h.0.mlp", "transformer.h.1.mlp"]
     sparse = moyu_kernels.from_pretrained(folder, mode="rule")
-    trained = find_blocks(sparse)
+    assert sum(isinstance(module, moyu_kernels.SparseFFN) for module in sparse.modules()) == 2
+    trained = find_blocks(load_dense(folder))
     assert [block.neurons for block in trained] == [96, 96]
     describe_blocks(model.config, GPTJ.described)
     assert not torch.equal(trained[0].weights()[0], find_blocks(model)[0].weights()[0]), "nothing was trained"
@@ -149,9 +151,9 @@ def test_a_description_goes_all_the_way(tmp_path: Path) -> None:
 def test_layouts_without_a_kernel_are_refused_before_weights_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model", "opt"))
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model", "mixtral"))
     for changes in ({}, {"predictor": None}, {"bench": None}):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | changes))
         assert main(["calibrate", str(tmp_path / "recipe.yaml")]) == 1
         error = capsys.readouterr().err
-        assert "cannot skip anything in model.decoder.layers.0, since layout 'plain' has no op" in error
+        assert "cannot skip anything in model.layers.0.mlp.experts, since layout 'experts' has no op" in error

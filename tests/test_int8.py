@@ -131,7 +131,8 @@ def test_bytes_of_int8_have_their_scales() -> None:
 @pytest.mark.parametrize(
     ("family", "sparsifier", "reason"),
     [
-        ("opt", "threshold", "layout 'plain' has no op"),
+        ("opt", "threshold", "layout 'plain' has no op on them"),
+        ("mixtral", "threshold", "layout 'experts' has no op"),
     ],
 )
 def test_what_has_no_op_is_refused(tmp_path: Path, family: str, sparsifier: str, reason: str) -> None:

@@ -1,5 +1,6 @@
 """Masks that are taken from the first tokens of a sequence and then stay."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 import torch
 from moyu_kernels.modules import set_mode
 from moyu_kernels.ops.ffn import naive
-from moyu_kernels.prompt_ffn import PromptGatedFFN
+from moyu_kernels.prompt_ffn import PromptFFN
 from moyu_kernels.seam import Seam
-from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
+from tiny import CONFIGS, randomised, save_tiny, tiny_model, tiny_settings, tokenizer
 from transformers import DynamicCache
 
 from moyu_train.checkpoints.export import export
@@ -98,11 +99,11 @@ def test_decoding_in_pieces_uses_the_mask_of_the_whole(tmp_path: Path, name: str
     assert torch.equal(generated, again)
 
 
-@pytest.mark.parametrize("name", ["griffin", "tda"])
+@pytest.mark.parametrize(("name", "family"), [("griffin", "llama"), ("tda", "llama"), ("griffin", "gpt2")])
 def test_the_runner_decodes_by_the_masks_of_each_sequence(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, family: str
 ) -> None:
-    model = tiny_model()
+    model = tiny_model(family)
     sparsifier = calibrated(name, model)
     export(model, tokenizer(), tmp_path / "sparse", name, sparsifier.rules, None, None)
     found = moyu_kernels.from_pretrained(tmp_path / "sparse")
@@ -116,20 +117,22 @@ def test_the_runner_decodes_by_the_masks_of_each_sequence(
         torch.testing.assert_close(torch.cat(logits), expected[row, prompt - 1 :], rtol=1e-4, atol=1e-4)
     assert len(runner._steps) == 1, "all masks run the one compiled step"
     assert caplog.text.count("steps until then read all neurons") == 1
-    blocks = [module for module in found.modules() if isinstance(module, PromptGatedFFN)]
+    blocks = [module for module in found.modules() if isinstance(module, PromptFFN)]
     for block in blocks:
         block.counts.zero_()
     runner.seek(12)
     runner.step(int(IDS[0, 12]))
     kept = [int(block.prompt_rule.prompt_keeps(block.state.statistic).sum()) for block in blocks]
     assert [block.counts.tolist() for block in blocks] == [[1, count, count] for count in kept]
-    assert all(0 < count < 0.5 * 96 for count in kept)
+    assert all(0 < count < 0.5 * blocks[0].neurons for count in kept)
     with pytest.raises(ValueError, match="position 5 is within the 8 tokens that this model's masks are taken from"):
         runner.seek(5)
 
 
 def test_what_has_no_op_says_that_its_steps_are_not_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny_model("gpt2")
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.mlp_bias = True
+    model = randomised(config)
     sparsifier = calibrated("griffin", model)
     with SparseMasks(model, sparsifier.rules, None):
         expected = model(IDS[:1]).logits
@@ -152,7 +155,7 @@ def test_rows_of_a_batch_have_their_own_masks(tmp_path: Path, backend: str, weig
     runner = moyu_kernels.Runner(found, max_length=20, batch=3, compile=False)
     logits = [runner.prefill(IDS[:, :12]), *(runner.step(IDS[:, i : i + 1]) for i in range(12, 20))]
     torch.testing.assert_close(torch.stack(logits, dim=1), whole[:, 11:], rtol=1e-4, atol=1e-4)
-    block = next(module for module in found.modules() if isinstance(module, PromptGatedFFN))
+    block = next(module for module in found.modules() if isinstance(module, PromptFFN))
     assert len({tuple(row) for row in naive.unpack_mask(block.mask, 3).tolist()}) == 3
     with pytest.raises(ValueError, match="masks were taken from 3 prompts, and here are 2"):
         block(torch.zeros(2, 1, 32))
@@ -163,7 +166,7 @@ def test_only_kept_rows_are_read_by_steps(tmp_path: Path) -> None:
     sparsifier = calibrated("griffin", model)
     export(model, tokenizer(), tmp_path / "sparse", "griffin", sparsifier.rules, None, None)
     found = moyu_kernels.from_pretrained(tmp_path / "sparse")
-    block = next(module for module in found.modules() if isinstance(module, PromptGatedFFN))
+    block = next(module for module in found.modules() if isinstance(module, PromptFFN))
     block(torch.randn(2, PROMPT, 32))
     x = torch.randn(2, 1, 32)
     expected = block(x)
@@ -290,7 +293,7 @@ def test_figures_are_those_of_decode_steps(tmp_path: Path, name: str) -> None:
     export(model, tokenizer(), tmp_path / "sparse", name, sparsifier.rules, None, None)
     found = moyu_kernels.from_pretrained(tmp_path / "sparse")
     runner = moyu_kernels.Runner(found, max_length=20, compile=False)
-    blocks = [module for module in found.modules() if isinstance(module, PromptGatedFFN)]
+    blocks = [module for module in found.modules() if isinstance(module, PromptFFN)]
     total = torch.zeros(3, dtype=torch.int64)
     for row in IDS:
         runner.prefill(row[None, :PROMPT])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from moyu_kernels import Runner
-from moyu_kernels.prompt_ffn import PromptGatedFFN
+from moyu_kernels.prompt_ffn import PromptFFN
 from moyu_kernels.rules import Rule
 from tiny import save_text, save_tiny, tiny_model, tiny_settings
 
@@ -122,11 +122,14 @@ def test_reach_tells_kernels_from_masks_and_refusals(tiny: Path) -> None:
     assert [found[name] for name in ("llama", "phi3", "opt", "mixtral")] == [
         "kernel",
         "kernel",
-        "simulated",
+        "kernel",
         "simulated",
     ]
     predicted = reach(load_recipe(str(tiny), ["--predictor", "{name: lowbit}", "--calibrate.bytes_skipped", "0.2"]))
-    assert (predicted["llama"], predicted["opt"]) == ("kernel", "refused"), "predictors need an op"
+    found = [predicted[name] for name in ("llama", "opt", "gpt2", "gpt_neox", "mixtral")]
+    assert found == ["kernel"] * 4 + ["refused"], "predictors need an op"
+    griffin = reach(load_recipe(str(tiny), ["--sparsifier", "{name: griffin}"]))
+    assert (griffin["gpt2"], griffin["opt"]) == ("kernel", "refused"), "OPT's blocks do not see sequences"
     drelu = reach(load_recipe(str(tiny), ["--sparsifier", "{name: drelu}"]))
     assert (drelu["llama"], drelu["opt"]) == ("kernel", "refused")
 
@@ -194,7 +197,7 @@ def test_decode_times_are_paired_and_leave_out_what_has_no_op(monkeypatch: pytes
     ids, settings = torch.arange(24), Bench(contexts=(16,), new_tokens=4, rounds=5)
     rules = {"prompt": [Rule(torch.zeros(96), keep="prompt_topk", share=0.2, prompt=16)] * 2}
     model, steps = tiny_model(), []
-    monkeypatch.setattr(PromptGatedFFN, "_count", lambda self, *counts: steps.append(counts))
+    monkeypatch.setattr(PromptFFN, "_count", lambda self, *counts: steps.append(counts))
     found = decode_times(
         model, rules | {"gate": [Rule(torch.zeros(96), gate="relu", keep="nonzero")] * 2}, ids, settings
     )
@@ -204,7 +207,9 @@ def test_decode_times_are_paired_and_leave_out_what_has_no_op(monkeypatch: pytes
     assert [found["prompt"][key] for key in ("least", "speedup", "most")] == [sorted(ratios)[i] for i in (0, 2, 4)]
     assert cell({"speedup": 1.234, "least": 1.1, "most": 1.3}) == "1.23 (1.10 to 1.30)"
     assert milliseconds({"seconds_per_token": [0.001, 0.003, 0.002]}) == 2
-    assert set(decode_times(tiny_model("opt"), rules, ids, settings)) == {DENSE}
+    assert set(decode_times(tiny_model("opt"), rules, ids, settings)) == {DENSE}, "its blocks do not see sequences"
+    plain = [Rule(torch.zeros(128), keep="prompt_topk", share=0.2, prompt=16)] * 2
+    assert set(decode_times(tiny_model("gpt2"), {"prompt": plain}, ids, settings)) == {DENSE, "prompt"}
     with pytest.raises(MoyuError, match=r"first 16 tokens .* bench.contexts has 8"):
         decode_times(model, rules, ids, Bench(contexts=(8,), new_tokens=4))
     with pytest.raises(MoyuError, match="has 24 tokens, and 48 are decoded"):

@@ -11,7 +11,7 @@ from tiny import tiny_model, tokenizer
 from moyu_train.checkpoints.export import export, read_state
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.evaluation.replay import blocks_of, record
+from moyu_train.evaluation.replay import parts_of, record
 from moyu_train.evaluation.through_kernels import (
     REPLAYED,
     check_agreement,
@@ -64,12 +64,14 @@ def test_losses_are_those_of_the_logits(folder: Path) -> None:
 def test_what_is_recorded_is_the_masked_output(folder: Path) -> None:
     model = load_dense(folder)
     with SparseMasks(model, *read_state(folder)) as masks:
-        call = record(model, blocks_of(masks.blocks), IDS[None])["model.layers.0.mlp"]
-        (x,) = call.args
-        assert x.shape == call.output.shape == (1, 100, 32)
-        torch.testing.assert_close(model.model.layers[0].mlp(x), call.output)
-    assert (model.model.layers[0].mlp(x) - call.output).norm() > 0.01 * call.output.norm(), "the mask does nothing"
-    assert not model.model.layers[0].mlp._forward_hooks
+        parts = parts_of(masks.blocks)
+        record(model, parts, IDS[None])
+        x, y = parts[0].x, parts[0].y
+        assert x.shape == y.shape == (1, 100, 32)
+        torch.testing.assert_close(model.model.layers[0].mlp(x), y)
+        assert torch.equal(parts[0].output, y)
+    assert (model.model.layers[0].mlp(x) - y).norm() > 0.01 * y.norm(), "the mask does nothing"
+    assert not any(module._forward_hooks for module in model.model.layers[0].mlp.modules())
 
 
 def test_a_block_that_selects_other_neurons_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

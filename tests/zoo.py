@@ -129,7 +129,7 @@ def table() -> str:
         found = ", then ".join(filter(None, layers)) + (", described" if case.described else "")
         layouts = {block.layout for block in (*case.first, *case.blocks)}
         kernels = "of the `gated` ones" if "gated" in layouts else "simulated"
-        kernels = "yes" if layouts <= {"gated", "fused"} else kernels
+        kernels = "yes" if "experts" not in layouts else kernels
         lines.append(f"| {name} | {found} | `{case.field}` | {kernels} |")
     return "\n".join(lines)
 

@@ -5,18 +5,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .guard import density, density_drift
     from .loading import from_pretrained
-    from .modules import SparseGatedFFN
+    from .modules import SparseFFN, SparseGatedFFN
     from .runner import Runner
 
 _HOMES = {
     "density": "guard",
     "density_drift": "guard",
     "from_pretrained": "loading",
+    "SparseFFN": "modules",
     "SparseGatedFFN": "modules",
     "Runner": "runner",
 }
 
-__all__ = ["Runner", "SparseGatedFFN", "density", "density_drift", "from_pretrained"]
+__all__ = ["Runner", "SparseFFN", "SparseGatedFFN", "density", "density_drift", "from_pretrained"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modules import MAX_ROWS, SparseGatedFFN
+from .modules import MAX_ROWS, SparseFFN
 from .ops import cpu
 from .ops.cpu.build import cache_folder, library_key
 from .ops.ffn import naive
-from .prompt_ffn import PromptGatedFFN
+from .prompt_ffn import PromptFFN
 
 logger = logging.getLogger(__name__)
 
@@ -111,23 +111,23 @@ def break_even(times: Times) -> float:
     return least
 
 
-def _kinds(model: Any) -> dict[str, list[SparseGatedFFN]]:
+def _kinds(model: Any) -> dict[str, list[SparseFFN]]:
     """Blocks with a predictor that are not in mode "dense", by all that their speed depends on."""
-    kinds: dict[str, list[SparseGatedFFN]] = {}
+    kinds: dict[str, list[SparseFFN]] = {}
     for block in model.modules():
-        if not isinstance(block, SparseGatedFFN) or isinstance(block, PromptGatedFFN):
+        if not isinstance(block, SparseFFN) or isinstance(block, PromptFFN):
             continue
         if block.predictor and block.mode != "dense":
             family, dtype = naive.op_family(block.predictor), str(block.weights[0].dtype).removeprefix("torch.")
             bits = f" {naive.code_bits(block.predictor[0], block.hidden)} bit" if family == "lowbit" else ""
             rank = f" {len(block.predictor[0])}" if family == "lowrank" else ""
-            shape = f"D {block.hidden}, F {block.neurons}, {dtype}, {block.act}"
+            shape = f"D {block.hidden}, F {block.neurons}, {dtype}, {block.act}" + ("" if block.gated else ", plain")
             name = f"{shape}, {family}{bits}{rank}, {block.rule}, {block.backend}"
             kinds.setdefault(name, []).append(block)
     return kinds
 
 
-def _cached(kind: str, blocks: Sequence[SparseGatedFFN], batch: int) -> Times:
+def _cached(kind: str, blocks: Sequence[SparseFFN], batch: int) -> Times:
     """`time_ways`, or what an earlier call found on this machine with these kernels, this torch and as many threads."""
     machine = f"{_processor(blocks[0].threshold.device)}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     about = f"{kind}, {len(blocks)} blocks, batch {batch}, {machine}, kernels {_kernels(blocks[0].backend)}"
@@ -151,7 +151,7 @@ def _cached(kind: str, blocks: Sequence[SparseGatedFFN], batch: int) -> Times:
 
 
 @torch.no_grad()
-def time_ways(blocks: Sequence[SparseGatedFFN], batch: int) -> Times:
+def time_ways(blocks: Sequence[SparseFFN], batch: int) -> Times:
     """Seconds of a call under the exact rule and with the predictor at each density, medians of interleaved rounds.
 
     blocks: alike but for their values; each call takes the next one's weights, so that they come from memory.
@@ -176,7 +176,7 @@ def time_ways(blocks: Sequence[SparseGatedFFN], batch: int) -> Times:
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}  # the first one warms up
 
 
-def _input_dtype(block: SparseGatedFFN) -> torch.dtype:
+def _input_dtype(block: SparseFFN) -> torch.dtype:
     dtype = block.weights[0].dtype
     return torch.bfloat16 if dtype == torch.int8 else dtype
 

@@ -1,41 +1,27 @@
 """Loads a sparse checkpoint (docs/checkpoint-format.md) into its stock transformers model."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
 from .dispatch import DISPATCH, start_dispatch
+from .ffn import install_ffn, int8_refused_because, simulated_because, sparse_ffn
 from .heads import HeadRouters, install_heads
 from .inputs import SparseLinear
-from .modules import SparseGatedFFN, activation, gate_up_down, resolve_backend
+from .modules import resolve_backend
 from .prompt import PromptState, watch_sequences
-from .prompt_ffn import PromptGatedFFN, PromptInt8FFN
-from .quantised import Int8GatedFFN
+from .prompt_ffn import PromptFFN
 from .reading import CheckpointError, reading
 from .rules import Rule, simulate
 
 logger = logging.getLogger(__name__)
 
-# transformers' names of the activations that have an op; other ones run under a mask on the dense module.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-FFNS = {"stored": SparseGatedFFN, "int8": Int8GatedFFN}  # by `weights`
-PROMPT_FFNS = {"stored": PromptGatedFFN, "int8": PromptInt8FFN}
-LAYOUTS_WITH_OP = ("gated", "fused")
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+WEIGHTS = ("stored", "int8")
 
 
 def from_pretrained(
@@ -62,9 +48,9 @@ def from_pretrained(
             (`dispatch.choose`). "off" leaves all in `mode`.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
-        `SparseGatedFFN`. Blocks of other layouts keep their dense module under the rule's mask. With routers of heads,
-        attention is `attn_implementation="moyu"`. The config carries the marker, so that stock transformers refuses
-        what `save_pretrained` writes.
+        `SparseGatedFFN`, and of plain ones the projections by `SparsePlainFFN`. Other blocks keep their dense module
+        under the rule's mask. With routers of heads, attention is `attn_implementation="moyu"`. The config carries the
+        marker, so that stock transformers refuses what `save_pretrained` writes.
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
         that takes int8 weights; ValueError for an unknown `dispatch`, or one that has nothing to choose from.
@@ -82,8 +68,8 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
     manifest = read_manifest(folder)
     raw, block_list, settings = read_config(folder)
     weights = settings.get("weights", "stored") if weights is None else weights
-    if weights not in FFNS:
-        raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(FFNS)}")
+    if weights not in WEIGHTS:
+        raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(WEIGHTS)}")
     state = load_file(folder / STATE)
     names = predictor_names(folder, settings, manifest)
     heads, of_heads = read_heads(folder, settings, manifest, state), mode
@@ -163,15 +149,14 @@ def _install(
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
     backend = resolve_backend(backend, next(module.parameters()).device)
     reason = simulated_because(module, block, act_name, rule, backend)
+    if weights == "int8" and (refused := reason or int8_refused_because(block)):
+        raise CheckpointError(
+            f"{folder}: {path} cannot have int8 weights, since {refused}; load it with weights='stored'"
+        )
     if not reason:
         ffn = sparse_ffn(module, block, act_name, rule, predictor, mode, backend, weights)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, ffn)
-        return ffn.state if isinstance(ffn, PromptGatedFFN) else None
-    if weights == "int8":
-        raise CheckpointError(
-            f"{folder}: {path} cannot have int8 weights, since {reason}; load it with weights='stored'"
-        )
+        install_ffn(model, block, ffn)
+        return ffn.state if isinstance(ffn, PromptFFN) else None
     names = {"act": block.get("act", ""), "up": block["up"], "down": block["down"]}
     if mode == "dense":
         if rule.substitutes:
@@ -181,29 +166,6 @@ def _install(
     state = PromptState(rule.prompt) if rule.prompt else None
     simulate(module, names, layout, rule, masked=True, state=state)
     return state
-
-
-def sparse_ffn(
-    module: Any,
-    block: dict[str, Any],
-    act_name: str,
-    rule: Rule,
-    predictor: list[Tensor],
-    mode: str,
-    backend: str,
-    weights: str = "stored",
-) -> SparseGatedFFN:
-    """The sparse block on the projections of `module`, for which `simulated_because` found nothing.
-
-    Args: block and act_name: as there; the others as for `from_pretrained`, backend resolved.
-    """
-    projections = {name: getattr(module, name) for name in _names(block)}
-    act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-    if rule.prompt:
-        return PROMPT_FFNS[weights](projections, act, rule, mode, backend)
-    op, keep = _op_on(backend, rule), rule.count(block["neurons"])
-    assert op
-    return FFNS[weights](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
 
 
 def _install_inputs(
@@ -246,51 +208,3 @@ def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str
     if rule.op != "threshold" or backend == "triton":
         return f"rule {rule.describe()} has no op for the backend {backend!r}"
     return ""
-
-
-def _op_on(backend: str, rule: Rule) -> str | None:
-    """Which rule of the op computes `rule` on a backend; None where none does."""
-    if backend != "triton" or rule.op in ("threshold", "prompt"):
-        return rule.op
-    return "threshold" if rule.stock_activation == "relu" else None  # thresholds of zero, with relu as activation
-
-
-def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: Rule, backend: str = "cpu") -> str:
-    """Why no op computes an FFN block, so that it runs under a mask after a dense matmul; empty where one does.
-
-    Args: block: as `blocks` of a checkpoint has it; act_name: transformers' name of the activation.
-    """
-    if block["layout"] not in LAYOUTS_WITH_OP:
-        return f"layout {block['layout']!r} has no op"
-    if _op_on(backend, rule) is None:
-        return f"rule {rule.describe()} has no op for the backend {backend!r}"
-    if act_name not in ACTIVATIONS and not rule.substitutes:
-        return f"activation {act_name!r} has no op"
-    projections = [getattr(module, name) for name in _names(block)]
-    if any(type(p) is not nn.Linear or p.bias is not None for p in projections):
-        return "its projections are not plain linear layers without biases"
-    function = getattr(module, block["act"]) if rule.substitutes else activation(ACTIVATIONS[act_name])
-    if not projections[0].weight.is_meta and not _is_gated_ffn(module, projections, function):
-        return "it computes more than down(act(gate(x)) * up(x))"
-    return ""
-
-
-def _names(block: dict[str, Any]) -> list[str]:
-    """Of its projections, in the order gate (where it is one of its own), up, down."""
-    return [block[name] for name in ("gate", "up", "down") if block[name]]
-
-
-@torch.no_grad()
-def _is_gated_ffn(
-    module: Callable[[Tensor], Tensor], projections: list[nn.Linear], act: Callable[[Tensor], Tensor]
-) -> bool:
-    """Whether the stock block computes what the op does, tried on a few random inputs."""
-    gate, up, down = gate_up_down([projection.weight for projection in projections])
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, gate.shape[1], generator=generator).to(gate.device, gate.dtype)
-    stock = module(x[None])
-    ours = linear(act(linear(x, gate)) * linear(x, up), down)
-    if not isinstance(stock, Tensor) or stock.numel() != ours.numel():
-        return False
-    error = (stock.view_as(ours).float() - ours.float()).norm() / ours.float().norm().clamp_min(1e-30)
-    return bool(error < TOLERANCE[ours.dtype])

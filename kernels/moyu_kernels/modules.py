@@ -1,7 +1,7 @@
 """Modules built on the ops: the sparse FFN block, and the linear layer that decodes at memory speed."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as functional
@@ -46,17 +46,6 @@ def gate_up_down(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return gate, up, down
 
 
-def _op(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    if backend == "cpu":
-        cpu.load()
-        return torch.ops.moyu.gated_ffn.default
-    if backend == "triton":
-        from .ops.ffn import triton
-
-        return triton.gated_ffn
-    return naive.gated_ffn
-
-
 class SparseModule(nn.Module):
     """What runs in a mode and on a backend, and keeps the dtypes of its buffers under `.to(dtype)`."""
 
@@ -84,16 +73,15 @@ class SparseModule(nn.Module):
         return self
 
 
-class SparseGatedFFN(SparseModule):
-    """`down(act(gate(x)) * up(x))` that reads only the weights of the neurons in use. For inference only.
+class SparseFFN(SparseModule):
+    """An FFN block that reads only the weights of the neurons in use. For inference only.
 
     Up to 8 tokens run the op (a decode step), more of them dense matmuls with the rule's exact mask (prefill), on
-    one copy of the weights. The projections keep their names, shapes and values, so the state dict is the stock one;
-    only the memory layout of the down projection changes: `[D, F]` with the neurons contiguous.
+    one copy of the weights. The parameters keep their names, shapes and values, so the state dict is the stock one;
+    only the memory layout changes, to `[F, D]` with the neurons contiguous.
 
     Args:
-        projections: name and projection of gate, up and down, in this order, or of gate and up in one and of down
-            (`gate_up_down`); without biases.
+        projections: name and projection of each of the layout's, those in front of the activation first.
         act: a name from `naive.ACTIVATIONS`.
         threshold: fp32 `[F]`, of the rule.
         predictor: `[]` or the tensors of a family in `naive.PREDICTORS`.
@@ -110,14 +98,13 @@ class SparseGatedFFN(SparseModule):
         predictor or backend that the rule does not go with.
     """
 
+    gated: ClassVar[bool]
     threshold: Tensor
     no_threshold: Tensor
-    scales: Tensor | None
-    columns: Tensor | None
 
     def __init__(
         self,
-        projections: dict[str, nn.Linear],
+        projections: dict[str, Any],
         act: str,
         threshold: Tensor,
         predictor: list[Tensor],
@@ -127,14 +114,11 @@ class SparseGatedFFN(SparseModule):
         keep: int = 0,
     ) -> None:
         super().__init__()
-        gate, *_ = gate_up_down([projection.weight for projection in projections.values()])
-        self.neurons, self.hidden = gate.shape
-        self._names, self.act, self.rule, self.keep = tuple(projections), act, rule, keep
+        self.act, self.rule, self.keep = act, rule, keep
+        self.neurons, self.hidden = self._shape(projections)
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
-        self._check(list(projections.items()), threshold, predictor)
-        device = gate.device
-        for name in ("scales", "columns"):
-            self.register_buffer(name, None, persistent=False)
+        self._check(threshold, predictor)
+        device = next(iter(projections.values())).weight.device
         self._store(projections)
         self.register_buffer("threshold", threshold.to(device), persistent=False)
         self.register_buffer("no_threshold", torch.zeros_like(self.threshold), persistent=False)
@@ -143,29 +127,36 @@ class SparseGatedFFN(SparseModule):
         self.register_buffer("counts", torch.zeros(3, dtype=torch.int64, device=device), persistent=False)
         self.set_mode(mode, backend)
 
-    def _store(self, projections: dict[str, nn.Linear]) -> None:
-        """Take the weights over."""
-        down = projections[self._names[-1]]
-        down.weight.data = down.weight.data.t().contiguous().t()
-        for name, projection in projections.items():
-            self.add_module(name, projection)
+    def _shape(self, projections: dict[str, Any]) -> tuple[int, int]:
+        """(F, D) of projections of this layout. Raises: ValueError for others."""
+        raise NotImplementedError
 
-    def _check(self, projections: list[tuple[str, nn.Linear]], threshold: Tensor, predictor: list[Tensor]) -> None:
+    def _store(self, projections: dict[str, Any]) -> None:
+        """Take the weights over."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """gate (where there is one), up and down, each contiguous `[F, D]`."""
+        raise NotImplementedError
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the op takes beside them: values of each neuron `[..., F]` and of each column `[D]`."""
+        raise NotImplementedError
+
+    def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Dense matmuls: g and u `[..., F]` of x `[..., D]`, as `naive.ruled_activation` takes them."""
+        raise NotImplementedError
+
+    def _down(self, a: Tensor) -> Tensor:
+        """Dense matmul: y `[..., D]` of a `[..., F]`."""
+        raise NotImplementedError
+
+    def _check(self, threshold: Tensor, predictor: list[Tensor]) -> None:
         if self.act not in naive.ACTIVATIONS:
             raise ValueError(f"activation {self.act!r} has no op; use one of {', '.join(naive.ACTIVATIONS)}")
-        if self.rule not in naive.RULES:
-            raise ValueError(f"rule {self.rule!r} has no op; use one of {', '.join(naive.RULES)}")
-        if self.rule == "topk" and not 1 <= self.keep <= self.neurons:
-            raise ValueError(f"keep is {self.keep}, rule 'topk' takes 1 to F = {self.neurons}")
-        if predictor and self.rule in naive.WHOLE_ROW:
-            raise ValueError(f"rule {self.rule!r} needs the gates of all neurons; load it without a predictor")
-        gate, up, down = gate_up_down([projection.weight for _, projection in projections])
-        if up.shape != gate.shape or down.shape != gate.shape[::-1]:
-            shapes = ", ".join(f"{name} {list(projection.weight.shape)}" for name, projection in projections)
-            raise ValueError(f"{shapes} are not the projections of one gated FFN, [F, D], [F, D] and [D, F]")
-        for name, projection in projections:
-            if projection.bias is not None:
-                raise ValueError(f"{name} has a bias, which the op does not add; mask this block at its seam instead")
+        naive.check_rule(self.rule, self.keep, predictor, self.neurons, self.gated)
         wanted: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]]
         wanted = {"threshold": (threshold, (self.neurons,), torch.float32)}
         if predictor:
@@ -190,14 +181,8 @@ class SparseGatedFFN(SparseModule):
 
     @property
     def names_neurons(self) -> bool:
-        """Whether the selected neurons are known before any gate row is read."""
+        """Whether the selected neurons are known before any row is read."""
         return self.mode == "predicted"
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """gate, up and down, each contiguous `[F, D]`."""
-        gate, up, down = gate_up_down([getattr(self, name).weight for name in self._names])
-        return gate, up, down.t()
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
         check_mode(mode)
@@ -209,15 +194,26 @@ class SparseGatedFFN(SparseModule):
             if resolved == "triton" and self.rule != "threshold":
                 raise ValueError(f"rule {self.rule!r} has no triton op yet; use the backend cpu or reference")
             self.backend = resolved
-            self._run = _op(self.backend)
+            self._run = self._op()
         return self
+
+    def _op(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        name = "gated_ffn" if self.gated else "plain_ffn"
+        if self.backend == "cpu":
+            cpu.load()
+            return cast(Callable[..., tuple[Tensor, Tensor]], getattr(torch.ops.moyu, name).default)
+        if self.backend == "triton":
+            from .ops.ffn import triton
+
+            return cast(Callable[..., tuple[Tensor, Tensor]], getattr(triton, name))
+        return cast(Callable[..., tuple[Tensor, Tensor]], getattr(naive, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns the same shape and dtype."""
         rows = x.numel() // self.hidden
         rule, threshold = self._rule()
         if rows > MAX_ROWS:
-            a, _, kept = naive.ruled_activation(*self._gate_up(x), threshold, self.act, rule, self.keep)
+            a, _, kept = naive.ruled_activation(*self._front(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return self._down(a)
         predictor = self.predictor if self.mode == "predicted" else []
@@ -229,23 +225,13 @@ class SparseGatedFFN(SparseModule):
     def run_op(self, x: Tensor, predictor: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The op on x `[N, D]`, N up to 8, under `predictor` or, where it is `[]`, the exact rule; counts nothing."""
         rule, threshold = self._rule()
-        int8 = (self.scales, self.columns)
-        return self._run(x, *self.weights, threshold, self.act, predictor, rule, self.keep, *int8)
+        return self._run(x, *self.weights, threshold, self.act, predictor, rule, self.keep, *self.vectors)
 
     def _rule(self) -> tuple[str, Tensor]:
         """The op's rule and threshold in this mode."""
         if self.mode == "dense" and self.rule not in naive.SUBSTITUTES:
             return "threshold", self.no_threshold
         return self.rule, self.threshold
-
-    def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Dense matmuls: g and u `[..., F]` of x `[..., D]`."""
-        gate, up, _ = self.weights
-        return functional.linear(x, gate), functional.linear(x, up)
-
-    def _down(self, a: Tensor) -> Tensor:
-        """Dense matmul: y `[..., D]` of a `[..., F]`."""
-        return functional.linear(a, self.weights[2].t())
 
     def _count(self, rows: int, selected: int | Tensor, kept: Tensor) -> None:
         self.counts[0] += rows
@@ -258,6 +244,49 @@ class SparseGatedFFN(SparseModule):
             f"neurons={self.neurons}, {predictor=!s}, act={self.act}, rule={self.rule}, mode={self.mode}, "
             f"backend={self.backend}"
         )
+
+
+class SparseGatedFFN(SparseFFN):
+    """`SparseFFN` of `down(act(gate(x)) * up(x))`, in place of the block's module.
+
+    Args: projections: gate, up and down, in this order, or gate and up in one and down (`gate_up_down`); without
+        biases. The others as there.
+    """
+
+    gated = True
+
+    def _shape(self, projections: dict[str, Any]) -> tuple[int, int]:
+        gate, up, down = gate_up_down([projection.weight for projection in projections.values()])
+        if up.shape != gate.shape or down.shape != gate.shape[::-1]:
+            shapes = ", ".join(f"{name} {list(projection.weight.shape)}" for name, projection in projections.items())
+            raise ValueError(f"{shapes} are not the projections of one gated FFN, [F, D], [F, D] and [D, F]")
+        for name, projection in projections.items():
+            if projection.bias is not None:
+                raise ValueError(f"{name} has a bias, which the op does not add; mask this block at its seam instead")
+        return gate.shape[0], gate.shape[1]
+
+    def _store(self, projections: dict[str, Any]) -> None:
+        self._names = tuple(projections)
+        down = projections[self._names[-1]]
+        down.weight.data = down.weight.data.t().contiguous().t()
+        for name, projection in projections.items():
+            self.add_module(name, projection)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        gate, up, down = gate_up_down([getattr(self, name).weight for name in self._names])
+        return gate, up, down.t()
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+    def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        gate, up, _ = self.weights
+        return functional.linear(x, gate), functional.linear(x, up)
+
+    def _down(self, a: Tensor) -> Tensor:
+        return functional.linear(a, self.weights[-1].t())
 
 
 class Linear(nn.Module):

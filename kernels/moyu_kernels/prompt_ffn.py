@@ -2,14 +2,15 @@
 
 import logging
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .modules import MAX_ROWS, SparseGatedFFN, activation
+from .modules import MAX_ROWS, SparseFFN, SparseGatedFFN, activation
 from .ops import cpu
 from .ops.ffn.naive import pack_mask
+from .plain import SparsePlainFFN
 from .prompt import PromptState
 from .quantised import Int8GatedFFN
 from .rules import Rule
@@ -17,8 +18,8 @@ from .rules import Rule
 logger = logging.getLogger(__name__)
 
 
-class PromptGatedFFN(SparseGatedFFN):
-    """`SparseGatedFFN` under a rule that keeps by the first `rule.prompt` tokens of a sequence. For inference only.
+class PromptFFN(SparseFFN):
+    """`SparseFFN` under a rule that keeps by the first `rule.prompt` tokens of a sequence. For inference only.
 
     These tokens run dense matmuls and are watched; then a step of one token for each of up to 8 sequences runs the op
     on the neurons kept by any of them, each sequence under its own mask. On the backend "cpu" the rows of these neurons
@@ -37,11 +38,11 @@ class PromptGatedFFN(SparseGatedFFN):
     state: PromptState
 
     def __init__(
-        self, projections: dict[str, nn.Linear], act: str, rule: Rule, mode: str = "rule", backend: str = "cpu"
+        self, projections: dict[str, Any], act: str, rule: Rule, mode: str = "rule", backend: str = "cpu"
     ) -> None:
         self.prompt_rule, self.state = rule, PromptState(rule.prompt)
         self._rows: list[Tensor] = []
-        self._scales: Tensor | None = None
+        self._values: Tensor | None = None
         super().__init__(projections, act, rule.threshold, [], mode, backend)
         mask = torch.zeros(self.neurons, dtype=torch.uint8, device=self.threshold.device)
         self.register_buffer("mask", mask, persistent=False)
@@ -71,9 +72,10 @@ class PromptGatedFFN(SparseGatedFFN):
         if not self.state.complete or x.shape[:-1].numel() > MAX_ROWS or x.ndim != 3 or x.shape[1] > 1:
             return self._watch(x)
         self.state.check(x)
-        rows = len(x)
-        weights, scales = (self._rows, self._scales) if self._gathers else (self.weights, self.scales)
-        x_rows, rest = x.reshape(rows, self.hidden), ("threshold", 0, scales, self.columns)
+        values, columns = self.vectors
+        weights, values = (self._rows, self._values) if self._gathers else (self.weights, values)
+        rows, rest = len(x), ("threshold", 0, values, columns)
+        x_rows = x.reshape(rows, self.hidden)
         y, counts = self._run(x_rows, *weights, self.no_threshold, self.act, [self.mask], *rest)
         selected, kept = counts.sum(0)
         self._count(rows, selected, kept)
@@ -82,8 +84,9 @@ class PromptGatedFFN(SparseGatedFFN):
     @torch.compiler.disable
     def _watch(self, x: Tensor) -> Tensor:
         """Dense matmuls under the mask, or of tokens that the mask is taken from."""
-        g, u = self._gate_up(x)
-        a = activation(self.act)(g) * u
+        g, u = self._front(x)
+        a = activation(self.act)(g)
+        a = a if u is None else a * u
         complete = self.state.complete
         keep = self.prompt_rule.mask(a, state=self.state)
         if self.state.complete and not complete:
@@ -108,16 +111,17 @@ class PromptGatedFFN(SparseGatedFFN):
         if not self._gathers:
             self.mask.copy_(mask)
             return
+        values, _ = self.vectors
         if not self._rows:  # made once, since compiled steps hold on to them; memory is taken as rows are written
             self._rows = [torch.empty_like(weight) for weight in self.weights]
-            self._scales = None if self.scales is None else torch.empty_like(self.scales)
+            self._values = None if values is None else torch.empty_like(values)
         index = mask.nonzero()[:, 0]
         self.mask.zero_()
         self.mask[: len(index)] = mask[index]
         for rows, weight in zip(self._rows, self.weights, strict=True):
             torch.index_select(weight, 0, index, out=rows[: len(index)])
-        if self.scales is not None and self._scales is not None:
-            self._scales[:, : len(index)] = self.scales[:, index]
+        if values is not None and self._values is not None:
+            self._values[..., : len(index)] = values[..., index]
 
     @property
     def predictor(self) -> list[Tensor]:
@@ -129,5 +133,13 @@ class PromptGatedFFN(SparseGatedFFN):
         return self.mode != "dense"
 
 
-class PromptInt8FFN(PromptGatedFFN, Int8GatedFFN):
-    """`PromptGatedFFN` on int8 rows."""
+class PromptGatedFFN(PromptFFN, SparseGatedFFN):
+    """`PromptFFN` of a gated FFN."""
+
+
+class PromptPlainFFN(PromptFFN, SparsePlainFFN):
+    """`PromptFFN` of a plain FFN."""
+
+
+class PromptInt8FFN(PromptFFN, Int8GatedFFN):
+    """`PromptFFN` of a gated FFN on int8 rows."""

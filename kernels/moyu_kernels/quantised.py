@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as functional
-from torch import Tensor, nn
+from torch import Tensor
 
 from .modules import SparseGatedFFN, gate_up_down
 from .ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
@@ -29,19 +29,26 @@ class Int8GatedFFN(SparseGatedFFN):
     up_codes: Tensor
     down_codes: Tensor
 
-    def _store(self, projections: dict[str, nn.Linear]) -> None:
+    def _store(self, projections: dict[str, Any]) -> None:
+        self._names = tuple(projections)
         gate, up, down = gate_up_down([projection.weight.detach() for projection in projections.values()])
         self._dtype = gate.dtype
-        *down_rows, self.columns = quantise_down(down.t())
+        *down_rows, columns = quantise_down(down.t())
         rows = [quantise_rows(gate), quantise_rows(up), down_rows]
         for part, (codes, _) in zip(("gate", "up", "down"), rows, strict=True):
             self.register_buffer(f"{part}_codes", codes.contiguous(), persistent=False)
-        self.scales = torch.stack([scale for _, scale in rows])
+        self.register_buffer("scales", torch.stack([scale for _, scale in rows]), persistent=False)
+        self.register_buffer("columns", columns, persistent=False)
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of gate, up and down, each contiguous int8 `[F, D]`; `scales` are fp32 `[3, F]`, `columns` `[D]`."""
+    def weights(self) -> tuple[Tensor, ...]:
+        """Codes of gate, up and down, each contiguous int8 `[F, D]`."""
         return self.gate_codes, self.up_codes, self.down_codes
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+        """`scales` fp32 `[3, F]`, `columns` fp32 `[D]`."""
+        return self.scales, self.columns
 
     def set_mode(self, mode: str, backend: str | None = None) -> "Int8GatedFFN":
         super().set_mode(mode, backend)
@@ -51,7 +58,7 @@ class Int8GatedFFN(SparseGatedFFN):
             )
         return self
 
-    def _gate_up(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         gate, up = (
             torch.cat([functional.linear(x, dequantise_rows(codes, scale, x.dtype)) for codes, scale in parts], dim=-1)
             for parts in (self._parts(self.gate_codes, 0), self._parts(self.up_codes, 1))

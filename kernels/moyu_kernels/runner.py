@@ -18,7 +18,7 @@ from .dispatch import choose
 from .modules import MAX_ROWS, Linear, SparseModule
 from .ops import cpu
 from .prompt import follow, prompt_states
-from .prompt_ffn import PromptGatedFFN
+from .prompt_ffn import PromptFFN
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Runner:
             raise ValueError(f"batch is {batch}, the decode ops take 1 to {MAX_ROWS} rows; decode in smaller batches")
         self._sparse = [module for module in model.modules() if isinstance(module, SparseModule)]
         self._prompts = prompt_states(model)
-        if compile and len(self._prompts) > sum(isinstance(module, PromptGatedFFN) for module in self._sparse):
+        if compile and len(self._prompts) > sum(isinstance(module, PromptFFN) for module in self._sparse):
             logger.warning("moyu: steps are not compiled, since this model's masks from the prompt are simulated")
             compile = False
         self.model, self.max_length, self.batch, self._compile = model, max_length, batch, compile

@@ -23,7 +23,7 @@ from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.heads import attention_sha256, find_attention
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.masking import InputMasks
-from moyu_train.models.state import predictors_to_tensors, routers_to_tensors, stored_bytes
+from moyu_train.models.state import family_of, predictors_to_tensors, routers_to_tensors, stored_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe, load_recipe
 from moyu_train.registry import resolve
@@ -112,7 +112,7 @@ def refit(folder: Path, recipe: Recipe) -> dict[str, Any]:
         tensors |= routers_to_tensors(routers.routers.values())
         config["moyu"]["heads"] = heads | {"attention_sha256": attention}
     config["architectures"] = [f"Moyu{name}" for name in config["moyu"]["architectures"]]
-    config["moyu"]["predictor"] = {"family": cls.form, "ffn_sha256": digest, **recorded(recipe, figures)}
+    config["moyu"]["predictor"] = {"family": family_of(predictors), "ffn_sha256": digest, **recorded(recipe, figures)}
     (folder / MANIFEST).unlink(missing_ok=True)  # until it is whole again, it is no checkpoint
     save_file(tensors | predictors_to_tensors(predictors), folder / STATE)
     write_json(folder / "config.json", config)

@@ -13,10 +13,8 @@ from moyu_train.files import check_writable
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.heads import attention_sha256
 from moyu_train.models.loading import load_dense
-from moyu_train.models.state import stored_bytes
-from moyu_train.predictors import PREDICTORS
+from moyu_train.models.state import family_of, stored_bytes
 from moyu_train.recipe import Recipe
-from moyu_train.registry import resolve
 from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
@@ -48,7 +46,7 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     thresholds, predictors = read(run.before("export"))
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name
-    family = resolve("predictor", run.recipe.predictor, PREDICTORS)[0].form if run.recipe.predictor else None
+    family = family_of(predictors)
     about = recorded(run.recipe, run.figures("recalibrate")) if family else None
     inputs = input_rules(run, "finetune")
     weights, heads = run.recipe.export.weights, head_routers(run)

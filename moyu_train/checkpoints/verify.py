@@ -14,7 +14,7 @@ from torch import Tensor
 from moyu_train.checkpoints.export import read_heads, read_inputs, read_state, read_weights
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.evaluation.replay import blocks_of, record, replay
+from moyu_train.evaluation.replay import parts_of, record, replay
 from moyu_train.files import read_json, reading
 from moyu_train.models.loading import load_dense
 
@@ -65,19 +65,20 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     inputs = read_inputs(folder)
     with SparseMasks(stock, rules, None, inputs=inputs) as masks:
         expected = stock(input_ids=ids, use_cache=False).logits
-        parts = blocks_of(masks.blocks) | {path: stock.get_submodule(path) for path in inputs}
         # A mask from the prompt is not one of a block's inputs.
-        calls = {} if rules[0].prompt else record(stock, parts, ids)
+        parts = [] if rules[0].prompt else parts_of(masks.blocks, inputs)
+        if parts:
+            record(stock, parts, ids)
     figures: dict[str, Any] = {
         "logits_relative_error": relative(found, expected),
         "predictors": bool(predictors),
         "heads": bool(read_heads(folder)),
     }
-    if calls:
-        figures["parts"] = replay(sparse, calls, "verify")
+    if parts:
+        figures["parts"] = replay(sparse, parts, "verify")
     del sparse
     differ = not figures["logits_relative_error"] < TOLERANCE
-    if differ and calls:
+    if differ and parts:
         found = decode_logits(moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="dense"), ids)
         with SparseMasks(stock, [rule.unmasked for rule in rules], None):
             figures["dense_relative_error"] = relative(found, stock(input_ids=ids, use_cache=False).logits)

@@ -91,7 +91,7 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
         raise MoyuError(f"{str(folder)!r} has predictors that no op computes (simulated), so no speed to measure")
     started = time.monotonic()
     sparse = moyu_kernels.from_pretrained(folder)
-    if not any(isinstance(module, moyu_kernels.SparseGatedFFN) for module in sparse.modules()):
+    if not any(isinstance(module, moyu_kernels.SparseFFN) for module in sparse.modules()):
         raise MoyuError(f"{str(folder)!r} runs simulated (masked after dense matmuls), so it has no speed to measure")
     load_seconds = time.monotonic() - started
     dense = load_dense(folder, sparse.dtype)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moyu_kernels.ffn import installed_ffn
 from moyu_kernels.heads import HeadQuery
 from moyu_kernels.inputs import SparseLinear
 from torch import Tensor
@@ -33,9 +34,10 @@ def ffn_read(model: Any, blocks: list[FFNBlock]) -> tuple[float, float]:
     """
     read = dense = 0.0
     for block in blocks:
-        module = model.get_submodule(block.path)
+        module = installed_ffn(model, block.path, block.up)
         tokens, selected, kept = module.counts.tolist()
         gates, itemsize = selected if module.names_neurons else tokens * module.neurons, weight_size(module)
+        gates = gates if module.gated else 0
         read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
         read += stored_size([module.threshold, *module.predictor]) + scale_bytes(block, itemsize)
         dense += ffn_bytes(block, itemsize)

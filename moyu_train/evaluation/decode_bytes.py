@@ -6,7 +6,7 @@ Time is taken to be in proportion to bytes read. That is a limit: what a machine
 from typing import Any
 
 import torch
-from moyu_kernels.loading import simulated_because
+from moyu_kernels.ffn import simulated_because
 from moyu_kernels.ops.ffn.naive import ON_GATE, SIMULATED
 from moyu_kernels.rules import Rule
 
@@ -30,14 +30,17 @@ def needed_share(share: float, wished: float) -> float:
     return (1 - 1 / wished) / share
 
 
-def rows_read(density: float, rule: Rule, predicted: bool) -> float:
-    """Rows of a gated FFN's three matrices that are read, in units of its neurons.
+def rows_read(density: float, rule: Rule, predicted: bool, gated: bool = True) -> float:
+    """Rows of a gated FFN's three matrices, or a plain one's two, that are read, in units of its neurons.
 
     With a predictor that names just the kept neurons, or a mask from the prompt, `3 density`; under a rule on the gate,
-    exactly, `1 + 2 density`; else gate and up are read and `2 + density`.
+    exactly, `1 + 2 density`; else gate and up are read and `2 + density`. Of a plain FFN `2 density`, else
+    `1 + density`.
     """
     if predicted or rule.prompt:
-        return 3 * density
+        return (3 if gated else 2) * density
+    if not gated:
+        return 1 + density
     return 1 + 2 * density if rule.op in ON_GATE else 2 + density
 
 
@@ -66,7 +69,7 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
     predictor = 0.0
     if recipe.predictor:
         family, settings = resolve("predictor", recipe.predictor, PREDICTORS)
-        predictor = sum(family.planned_bytes(settings, b.hidden, b.neurons) for b in blocks) / ffn
+        predictor = sum(family.planned_bytes(settings, b.hidden, b.neurons, b.layout != "plain") for b in blocks) / ffn
     overhead += predictor
     reason = _simulated(recipe, rule, blocks, model)
     found: dict[str, Any] = {
@@ -83,15 +86,20 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
         "calibrated": None,
     }
     density = 1 - recipe.target_sparsity
-    line = sum(b.neurons * row_bytes(b, itemsize) for b in blocks) * 3 / ffn  # bytes fetched, in whole cache lines
+
+    def read(density: float) -> float:
+        """Share of the FFNs' bytes that is fetched of their rows, in whole cache lines."""
+        rows = (rows_read(density, rule, recipe.predictor is not None, b.layout != "plain") for b in blocks)
+        return sum(b.neurons * row_bytes(b, itemsize) * n for b, n in zip(blocks, rows, strict=True)) / ffn
+
     if not reason:
-        rows = rows_read(density, rule, recipe.predictor is not None) / 3
-        found["kept"] = _point(1 - rows * line - overhead, share, total)
+        found["kept"] = _point(1 - read(density) - overhead, share, total)
         if recipe.predictor and recipe.calibrate.bytes_skipped is not None:  # else the goal is another one
             found["calibrated"] = _point(recipe.calibrate.bytes_skipped, share, total)
     if wished:
         skipped = needed_share(share, wished)
-        off = _neurons_off(skipped, overhead, line, rule, recipe.predictor is not None)
+        none, all_ = read(0.0), read(1.0)  # it is a straight line
+        off = 1 - (1 - skipped - overhead - none) / (all_ - none)
         found["wished"] = {
             "speedup": wished,
             "bytes_skipped": skipped if skipped < 1 else None,
@@ -102,13 +110,6 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
 
 def _point(skipped: float, share: float, total: int) -> dict[str, float]:
     return {"bytes_skipped": skipped, "bytes": total * (1 - share * skipped), "speedup": speedup(share, skipped)}
-
-
-def _neurons_off(skipped: float, overhead: float, line: float, rule: Rule, predicted: bool) -> float:
-    """The share of neurons off at which `1 - rows_read / 3 * line - overhead` is `skipped`."""
-    none, all_ = (rows_read(density, rule, predicted) for density in (0.0, 1.0))
-    rows = 3 * (1 - skipped - overhead) / line
-    return 1 - (rows - none) / (all_ - none)
 
 
 def _simulated(recipe: Recipe, rule: Rule, blocks: list[FFNBlock], model: Any) -> str:

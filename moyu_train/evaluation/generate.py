@@ -36,7 +36,7 @@ def generate(
     if not ids.shape[1]:
         raise MoyuError("the prompt has no tokens; give some text to --prompt")
     runner = moyu_kernels.Runner(model, max_length=ids.shape[1] + max_new_tokens)
-    blocks = [module for module in model.modules() if isinstance(module, moyu_kernels.SparseGatedFFN)]
+    blocks = [module for module in model.modules() if isinstance(module, moyu_kernels.SparseFFN)]
     tokens: list[int] = []
     shown = ""
     sys.stdout.write(prompt)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from moyu_kernels.loading import LAYOUTS_WITH_OP
+from moyu_kernels.ffn import GATED_LAYOUTS
 from moyu_kernels.ops.ffn.naive import ON_GATE
 from moyu_kernels.rules import Rule
 from moyu_kernels.seam import Seam
@@ -67,8 +67,8 @@ def bytes_skipped(
     """Share of the FFN weight bytes that a decode step does not read, at the batch that was counted.
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
-    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales. A mask from the prompt
-    selects as a predictor of one byte a neuron does.
+    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales. A plain block has no gate:
+    without a predictor it reads all up rows. A mask from the prompt selects as a predictor of one byte a neuron does.
 
     Raises: MoyuError where no decode step was counted.
     """
@@ -126,7 +126,7 @@ class SparseMasks:
         self._gate_seams: dict[int, Seam] = {}
         if not predictors:  # then a rule's gate, seen here after `masking` has put it there, says whose up is read
             for layer, (block, rule) in enumerate(zip(self.blocks, rules, strict=True)):
-                if block.layout in LAYOUTS_WITH_OP and rule.op in ON_GATE:
+                if block.layout in GATED_LAYOUTS and rule.op in ON_GATE:
                     self._gate_seams[layer] = Seam(block.module, block.act, output=self._gate_counter(layer))
 
     def _gate_counter(self, layer: int) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:

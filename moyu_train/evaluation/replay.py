@@ -4,13 +4,15 @@ Hard masks are chaotic under rounding: one neuron more or less, and later layers
 come or go. So two ways to compute a whole model may differ, and both be right; blocks on the same inputs may not.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from moyu_kernels.ffn import installed_ffn
 from moyu_kernels.modules import SparseModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from moyu_train.errors import MoyuError
@@ -20,39 +22,56 @@ from moyu_train.progress import track
 SAME = 1e-4  # largest relative difference (norms) of a block's output for one token under the same mask
 OTHER_MASKS = 0.005  # largest share of outputs that may differ by more: a neuron is on its threshold to the last bit
 FEW = 2  # or so many of them
+_NONE = torch.empty(0)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a module got, and what it gave: fp32 `[..., D]`."""
+@dataclass
+class Part:
+    """An FFN block, or a linear layer (`up` and `down` are ""), and what it got and gave."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
+    path: str
+    up: str = ""
+    down: str = ""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Tensor = _NONE  # fp32 `[..., D]`
+    x: Tensor = _NONE  # into up, and out of down
+    y: Tensor = _NONE
 
 
-def blocks_of(blocks: list[FFNBlock]) -> dict[str, nn.Module]:
-    return {block.path: block.module for block in blocks}
+def parts_of(blocks: Iterable[FFNBlock], linears: Iterable[str] = ()) -> list[Part]:
+    """linears: paths of linear layers."""
+    ffns = [Part(block.path, *(("", "") if block.layout == "experts" else (block.up, block.down))) for block in blocks]
+    return ffns + [Part(path) for path in linears]
 
 
 @torch.no_grad()
-def record(model: Any, modules: dict[str, nn.Module], ids: Tensor) -> dict[str, Call]:
-    """The calls of modules, by path, in one forward over ids `[B, T]`, with the masks that are on the model."""
-    seen: dict[str, Call] = {}
-
-    def recorder(path: str) -> Callable[..., None]:
-        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            seen[path] = Call(*tree_map_only(Tensor, torch.clone, (args, kwargs, _first(output))))
-
-        return see
-
-    handles = [module.register_forward_hook(recorder(path), with_kwargs=True) for path, module in modules.items()]
+def record(model: Any, parts: list[Part], ids: Tensor) -> None:
+    """Fill the parts in, in one forward over ids `[B, T]`, with the masks that are on the model."""
+    handles = []
+    for part in parts:
+        module = model.get_submodule(part.path)
+        handles.append(module.register_forward_hook(partial(_see, part), with_kwargs=True))
+        if part.up:
+            handles.append(getattr(module, part.up).register_forward_hook(partial(_see_x, part)))
+            handles.append(getattr(module, part.down).register_forward_hook(partial(_see_y, part)))
     try:
         model(input_ids=ids.to(device_of(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+
+
+def _see(part: Part, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    part.args, part.kwargs, part.output = tree_map_only(Tensor, torch.clone, (args, kwargs, _first(output)))
+
+
+def _see_x(part: Part, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    part.x = args[0].clone()
+
+
+def _see_y(part: Part, module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    part.y = output.clone()
 
 
 def _first(output: Any) -> Tensor:
@@ -60,9 +79,24 @@ def _first(output: Any) -> Tensor:
     return found
 
 
+def _again(sparse: Any, part: Part) -> tuple[Tensor, list[Tensor]]:
+    """What the part gave in the masked model, `[N, D]`, and what it gives in the sparse one: a token at a time where a
+    kernel decodes, and all at once."""
+    module = installed_ffn(sparse, part.path, part.up) if part.up else sparse.get_submodule(part.path)
+    if not isinstance(module, SparseModule):
+        whole = _first(sparse.get_submodule(part.path)(*part.args, **part.kwargs))
+        return part.output.flatten(0, -2), [whole.flatten(0, -2)]
+    x, y = (part.x, part.y) if part.up else (part.args[0], part.output)
+    rows = x.flatten(0, -2)
+    outputs = [torch.cat([module(row) for row in rows.split(1)])]
+    if module.mode != "predicted":  # a prompt is computed under the exact rule, whatever is predicted
+        outputs.append(module(rows))
+    return y.flatten(0, -2), outputs
+
+
 @torch.no_grad()
-def replay(sparse: Any, seen: dict[str, Call], what: str) -> dict[str, Any]:
-    """Give modules of a sparse model what was recorded: one token at a time where a kernel decodes, and all at once.
+def replay(sparse: Any, parts: list[Part], what: str) -> dict[str, Any]:
+    """Give the parts of a sparse model what was recorded.
 
     Returns: `outputs` that were compared, `other_masks`, the share of them that differs by more than rounding, and
         `median` and `worst` relative difference.
@@ -70,17 +104,10 @@ def replay(sparse: Any, seen: dict[str, Call], what: str) -> dict[str, Any]:
     Raises: MoyuError where more of them do than neurons on their thresholds explain.
     """
     found: dict[str, Tensor] = {}
-    for path, call in track(list(seen.items()), f"{what}: kernels, block by block"):
-        block = sparse.get_submodule(path)
-        outputs = []
-        if isinstance(block, SparseModule):
-            (x,) = call.args
-            outputs.append(torch.cat([block(row) for row in x.flatten(0, -2).split(1)]))
-        if not outputs or block.mode != "predicted":  # a prompt is computed under the exact rule, whatever is predicted
-            outputs.append(_first(block(*call.args, **call.kwargs)))
-        expected = call.output.flatten(0, -2)
+    for part in track(parts, f"{what}: kernels, block by block"):
+        expected, outputs = _again(sparse, part)
         scale = expected.norm(dim=-1).clamp_min(1e-30)
-        found[path] = torch.cat([(one.view_as(expected) - expected).norm(dim=-1) / scale for one in outputs])
+        found[part.path] = torch.cat([(one - expected).norm(dim=-1) / scale for one in outputs])
     errors = torch.cat(list(found.values()))
     other = (errors > SAME) | errors.isnan()
     if other.sum() > max(FEW, OTHER_MASKS * len(errors)):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moyu_kernels.loading import LAYOUTS_WITH_OP
+from moyu_kernels.ffn import LAYOUTS_WITH_OP
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
 from moyu_train.checkpoints.export import (

@@ -18,7 +18,7 @@ from moyu_train.checkpoints.export import read_heads, read_inputs, read_state, s
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.evaluation.replay import blocks_of, record, replay
+from moyu_train.evaluation.replay import parts_of, record, replay
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
 from moyu_train.training.losses import ROWS
@@ -42,9 +42,11 @@ def through_kernels(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
     inputs, heads = read_inputs(folder), read_heads(folder)
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks, HeadMasks.of(model, heads):
         masked = masked_losses(model, ids)
-        calls = record(model, blocks_of(masks.blocks), ids[None, :REPLAYED]) if predictors else {}
+        parts = parts_of(masks.blocks) if predictors else []
+        if parts:
+            record(model, parts, ids[None, :REPLAYED])
     sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32)
-    blocks = replay(sparse, calls, "evaluate") if predictors else None
+    blocks = replay(sparse, parts, "evaluate") if parts else None
     exact = stored = decoded_losses(sparse, ids)
     del sparse
     if stored_dtype(folder) != torch.float32:

@@ -64,6 +64,25 @@ class FFNBlock:
         """Gate and up `[F, D]` and down `[D, F]` of a gated or fused block, as stored."""
         return gate_up_down(self.weights())
 
+    @property
+    def matrix_count(self) -> int:
+        """Of the FFN, gate and up counted as two where they are one."""
+        return 2 if self.layout == "plain" else 3
+
+    def fronts(self) -> list[Tensor]:
+        """`[F, D]` in front of the activation: gate and up, of a plain block up alone. Not for experts."""
+        if self.layout != "plain":
+            return list(self.matrices()[:2])
+        up = self.weights()[0]
+        return [up.T if isinstance(base_layer(getattr(self.module, self.up)), Conv1D) else up]
+
+    def up_bias(self) -> Tensor | None:
+        """Of a plain block `[F]`, where it has one; blocks of other layouts have none that their op adds."""
+        if self.layout != "plain":
+            return None
+        bias: Tensor | None = base_layer(getattr(self.module, self.up)).bias
+        return None if bias is None else bias.detach()
+
     def activation(self) -> nn.Module:
         module: nn.Module = getattr(self.module, self.act)
         return module
@@ -226,18 +245,16 @@ def _nothing_found(model: nn.Module, near: list[str]) -> str:
 
 
 def ffn_bytes(block: FFNBlock, itemsize: int) -> int:
-    """Bytes of one block's weights in a storage format of `itemsize` bytes, dense; one expert's for experts.
+    """Bytes of one block's matrices in a storage format of `itemsize` bytes, dense; one expert's for experts.
 
     itemsize: 1 is int8, where the fp32 scales of the rows, and of down's columns, count too.
     """
-    matrices = 2 if block.layout == "plain" else 3
-    return matrices * block.hidden * block.neurons * itemsize + scale_bytes(block, itemsize)
+    return block.matrix_count * block.hidden * block.neurons * itemsize + scale_bytes(block, itemsize)
 
 
 def scale_bytes(block: FFNBlock, itemsize: int) -> int:
     """Bytes of the fp32 scales of all rows, and of down's columns, which int8 weights have."""
-    matrices = 2 if block.layout == "plain" else 3
-    return 4 * (matrices * block.neurons + block.hidden) if itemsize == 1 else 0
+    return 4 * (block.matrix_count * block.neurons + block.hidden) if itemsize == 1 else 0
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from moyu_kernels.loading import simulated_because
+from moyu_kernels.ffn import simulated_because
 from moyu_kernels.rules import Rule
 
 from moyu_train.errors import MoyuError

@@ -4,7 +4,7 @@ import copy
 from typing import Any, cast
 
 import torch
-from moyu_kernels.loading import ACTIVATIONS
+from moyu_kernels.ffn import ACTIVATIONS
 from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 from moyu_kernels.quantised import Int8GatedFFN
 from torch import nn

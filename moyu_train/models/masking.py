@@ -66,9 +66,13 @@ class Masking:
 
     def scores(self, layer: int, predictor: dict[str, Tensor]) -> Tensor:
         """A predictor's score of each neuron on the recorded input, fp32 `[..., F]`."""
-        stock = self._blocks[layer].activation().forward
+        stock, bias = self._blocks[layer].activation().forward, self._blocks[layer].up_bias()
         rule = self._rules[layer] if self._rules else None
-        act = (lambda g: rule.activate_gate(g, stock(g), stock)) if rule else stock
+
+        def act(g: Tensor) -> Tensor:
+            g = g if bias is None else g + bias.float()
+            return rule.activate_gate(g, stock(g), stock) if rule else stock(g)
+
         return predictor_scores(self._inputs[layer], list(predictor.values()), act)
 
     def _recorder(self, layer: int) -> Callable[[Tensor], Tensor]:

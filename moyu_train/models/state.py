@@ -1,8 +1,8 @@
 """Names and sizes of the tensors that make a model sparse: thresholds and predictors (docs/checkpoint-format.md)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED
+from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED, predictor_family
 from torch import Tensor
 
 
@@ -33,6 +33,11 @@ def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor
 def routers_to_tensors(routers: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Of attention heads, one a module."""
     return {f"heads.{i}.{name}": t.contiguous() for i, router in enumerate(routers) for name, t in router.items()}
+
+
+def family_of(predictors: Sequence[dict[str, Tensor]] | None) -> str | None:
+    """What a checkpoint calls predictors in this storage form; None where there are none."""
+    return predictor_family(list(predictors[0].values())) if predictors else None
 
 
 def stored_bytes(predictor: Mapping[str, Tensor]) -> int:

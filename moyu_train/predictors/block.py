@@ -29,7 +29,7 @@ class Block(LowRank):
         super().__init__(options, block, device, block.neurons // options.block)
 
     @classmethod
-    def planned_bytes(cls, options: LowRank.Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: LowRank.Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor.
 
         Raises: MoyuError where the neurons do not make whole blocks, or the rank is above the hidden size.
@@ -40,7 +40,7 @@ class Block(LowRank):
                 f"predictor.block {options.block} does not divide a layer's {neurons} neurons into whole blocks; use a "
                 "number that does, such as 16"
             )
-        return super().planned_bytes(options, hidden, neurons)
+        return super().planned_bytes(options, hidden, neurons, gated)
 
     def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""

@@ -36,7 +36,7 @@ class History(Sums):
         }
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor, its state included.
 
         Raises: MoyuError for a rank above twice the hidden size.

@@ -65,7 +65,7 @@ class Imported(Sums):
         return [layers[layer] for layer in sorted(layers)]
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor, were all of layer 0's rank."""
         rank = len(cls._load(options, 0)[0])
         return rank * (hidden + neurons) + 4 * (rank + 2 * neurons + (rank + 1 if cls.relu else 0))

@@ -1,5 +1,7 @@
 """2-bit or 1-bit copies of gate and up: the predictor computes the FFN's own activation, roughly, at 1/8 or 1/16.
 
+Of a plain FFN up alone is copied, and the score adds up's own bias before the activation.
+
 Rounding follows GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after the other, and the error of
 each is made up for by those after it, so that `norm((W - W2) @ x)` over the text is small rather than `norm(W - W2)`.
 All that this needs of the text is the second moment of x, streamed in one pass: nothing is dumped, the sums of many
@@ -41,9 +43,10 @@ class LowBit(Sums):
         }
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor."""
-        return neurons * (2 * -(-hidden * options.bits // 8) + 4 * 4)
+        copies = 2 if gated else 1
+        return neurons * (copies * (-(-hidden * options.bits // 8) + 4) + 2 * 4)
 
     def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
@@ -56,15 +59,13 @@ class LowBit(Sums):
         """The predictor in storage form: codes uint8 `[F, ceil(D * bits / 8)]`, scales, weight and bias fp32 `[F]`.
 
         `score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias` predicts `sqrt(contribution)` in units of its
-        mean over the layer.
+        mean over the layer; of a plain FFN the root is of `act(up2 @ x8)`.
         """
         moment = self.sums["xx"].double() / self.sums["n"].double()
         moment.diagonal().add_(self.options.damp * moment.diagonal().mean())
-        gate, up, _ = self.block.matrices()
+        fronts = self.block.fronts()
         try:
-            (gate_levels, gate_scale), (up_levels, up_scale) = (
-                round_weight(w.float(), moment, self.options.bits) for w in (gate, up)
-            )
+            rounded = [round_weight(weight.float(), moment, self.options.bits) for weight in fronts]
         except torch.linalg.LinAlgError as error:
             raise MoyuError(
                 f"the inputs of {self.block.path} have no usable second moment ({error}); raise predictor.damp or "
@@ -72,14 +73,10 @@ class LowBit(Sums):
             ) from error
         mean = self.sums["y"] / self.sums["n"]
         weight = self.block.down_norms().sqrt() / mean
-        stored = {
-            "gate_codes": pack_codes(gate_levels, self.options.bits),
-            "gate_scale": gate_scale,
-            "up_codes": pack_codes(up_levels, self.options.bits),
-            "up_scale": up_scale,
-            "weight": weight,
-            "bias": torch.zeros_like(weight),
-        }
+        stored: dict[str, Tensor] = {}
+        for name, (levels, scale) in zip(("gate", "up")[-len(fronts) :], rounded, strict=True):
+            stored |= {f"{name}_codes": pack_codes(levels, self.options.bits), f"{name}_scale": scale}
+        stored |= {"weight": weight, "bias": torch.zeros_like(weight)}
         return {name: tensor.cpu() for name, tensor in stored.items()}
 
 

@@ -38,7 +38,7 @@ class LowRank(Sums):
         }
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor.
 
         Raises: MoyuError for a rank above the hidden size.

@@ -57,7 +57,7 @@ class MLP(Sums):
         self.sums |= {name: torch.zeros((), device=device) for name in ("steps", "size")}
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor."""
         return options.rank * (hidden + neurons) + 4 * (2 * options.rank + 2 * neurons + 1)
 

@@ -27,14 +27,14 @@ class Signs(Sums):
         self.sums["n"] = torch.zeros((), device=device)
 
     @classmethod
-    def planned_bytes(cls, options: Options, hidden: int, neurons: int) -> int:
+    def planned_bytes(cls, options: Options, hidden: int, neurons: int, gated: bool = True) -> int:
         """Bytes that a decode step will read of a layer's predictor."""
         return neurons * (-(-hidden // 8) + 2 * 4)
 
     def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
         y = contribution.float().sqrt()
-        value = sign(x) @ sign(self.block.matrices()[0]).T / x.shape[1]
+        value = sign(x) @ sign(self.block.fronts()[0]).T / x.shape[1]
         for name, part in (("v", value), ("vv", value * value), ("vy", value * y), ("y", y)):
             self.sums[name] += part.sum(0)
         self.sums["n"] += len(x)
@@ -43,5 +43,5 @@ class Signs(Sums):
         """The predictor in storage form: signs uint8 `[F, ceil(D / 8)]`, weight and bias fp32 `[F]`."""
         slope, intercept = slopes({name: value.cpu() for name, value in self.sums.items()})
         mean = (self.sums["y"] / self.sums["n"]).double().mean().cpu()
-        signs = pack_signs(self.block.matrices()[0]).cpu()
+        signs = pack_signs(self.block.fronts()[0]).cpu()
         return {"signs": signs, "weight": (slope / mean).float(), "bias": (intercept / mean).float()}

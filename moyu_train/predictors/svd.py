@@ -39,7 +39,7 @@ class SVD(Sums):
     def observe(self, x: Tensor, contribution: Tensor, kept: Tensor | None = None) -> None:
         """Add tokens: x `[N, D]`, contribution `[N, F]` (non-negative)."""
         x, y = x.float(), contribution.float().sqrt()
-        gate = functional.linear(x, self.block.matrices()[0].float())
+        gate = functional.linear(x, self.block.fronts()[0].float())
         self.sums["xx"].addmm_(x.T, x)
         for name, value in (("x", x), ("v", gate), ("vv", gate * gate), ("vy", gate * y), ("y", y)):
             self.sums[name] += value.sum(0)
@@ -52,6 +52,6 @@ class SVD(Sums):
         cov = sums["xx"] / sums["n"] - torch.outer(mean_x, mean_x)
         cov.diagonal().add_(self.options.ridge * cov.diagonal().mean())
         slope, _ = slopes(sums)
-        matrix = (slope / mean_y.mean())[:, None] * self.block.matrices()[0].double().cpu()
+        matrix = (slope / mean_y.mean())[:, None] * self.block.fronts()[0].double().cpu()
         w1, w2 = reduced_rank(cov, cov @ matrix.T, self.options.rank)
         return stored(w1, w2, mean_x, mean_y / mean_y.mean())

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from moyu_kernels import Runner
-from moyu_kernels.loading import simulated_because, sparse_ffn
+from moyu_kernels.ffn import install_ffn, simulated_because, sparse_ffn
 from moyu_kernels.prompt import watch_sequences
-from moyu_kernels.prompt_ffn import PromptGatedFFN
+from moyu_kernels.prompt_ffn import PromptFFN
 from moyu_kernels.rules import Rule
 from torch import Tensor, nn
 
@@ -78,18 +78,18 @@ def _shared(model: nn.Module) -> dict[int, Any]:
 
 
 def _sparse(model: nn.Module, rules: list[Rule]) -> nn.Module | None:
-    """A model that shares all weights but those of down, whose layout changes; None where a block has no op."""
+    """A model that shares all weights but those whose layout may change; None where a block has no op."""
     twin, act = copy.deepcopy(model, _shared(model)), base_activation(model.config)
     states = []
     for block, rule in zip(find_blocks(twin), rules, strict=True):
         if simulated_because(block.module, block.describe(), act, rule):
             return None
-        down = getattr(block.module, block.down)
-        down.weight = nn.Parameter(down.weight.detach().clone(), requires_grad=False)
+        for name in (block.up, block.down) if block.layout == "plain" else (block.down,):
+            part = getattr(block.module, name)
+            part.weight = nn.Parameter(part.weight.detach().clone(), requires_grad=False)
         ffn = sparse_ffn(block.module, block.describe(), act, rule, [], "rule", "cpu")
-        parent, _, name = block.path.rpartition(".")
-        setattr(twin.get_submodule(parent), name, ffn)
-        states += [ffn.state] if isinstance(ffn, PromptGatedFFN) else []
+        install_ffn(twin, block.describe(), ffn)
+        states += [ffn.state] if isinstance(ffn, PromptFFN) else []
     if states:
         watch_sequences(twin, states)
     return twin

@@ -26,10 +26,9 @@ from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import Scores
 from moyu_train.files import read_json, write_json
 from moyu_train.models.loading import load_dense
+from moyu_train.models.state import family_of
 from moyu_train.pipeline import Run, run_up_to
-from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
-from moyu_train.registry import resolve
 from moyu_train.reproduce.arms import SECTIONS, Arm, arm_recipe, held_out
 from moyu_train.reproduce.base import Outcome, Reproduction
 from moyu_train.reproduce.prompt_masks import PROMPT, late_scores
@@ -159,7 +158,7 @@ def untrained_checkpoint(run: Run) -> Path:
     recipe, last = run.recipe, "calibrate-in-loop" if run.recipe.predictor else "calibrate"
     run_up_to(run, last)
     thresholds, predictors = read(run.stage_folder(last))
-    form = resolve("predictor", recipe.predictor, PREDICTORS)[0].form if recipe.predictor else None
+    family = family_of(predictors)
     folder = run.folder / "untrained"
     export(
         run.dense(getattr(torch, recipe.export.dtype)),
@@ -168,8 +167,8 @@ def untrained_checkpoint(run: Run) -> Path:
         recipe.sparsifier.name,
         sparsifier_of(recipe, thresholds).rules,
         predictors,
-        form,
-        recorded(recipe, run.figures(last)) if form else None,
+        family,
+        recorded(recipe, run.figures(last)) if family else None,
     )
     return folder
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from moyu_kernels.loading import LAYOUTS_WITH_OP
+from moyu_kernels.ffn import LAYOUTS_WITH_OP
 from moyu_kernels.rules import Rule
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -40,8 +40,9 @@ class PredictorTrainer:
         self.blocks = find_blocks(model)
         unsupported = {block.layout for block in self.blocks if block.layout not in LAYOUTS_WITH_OP}
         if unsupported:
+            found = ", ".join(sorted(unsupported))
             raise MoyuError(
-                f"predictors are fitted for gated FFN blocks so far, this model has {', '.join(sorted(unsupported))} "
+                f"predictors are fitted for gated and plain FFN blocks so far, this model has {found} "
                 "ones; its rule can be exported without them from Python: moyu_train.checkpoints.export.export"
             )
         self.norms = [block.down_norms() for block in self.blocks]

@@ -40,8 +40,9 @@ def write_checkpoint(
     family: str | None = "lowrank",
     selected: float | None = None,
     seal: bool = True,
+    field: str = "hidden_act",
 ) -> Path:
-    """Export a model; `seal` writes the manifest."""
+    """Export a model; `seal` writes the manifest; field: of the config, that holds the activation."""
     config = model.config
     if blocks is None:
         blocks = [
@@ -77,13 +78,13 @@ def write_checkpoint(
     data["moyu"] = {
         "format_version": 1,
         "rule": "contribution",
-        "activation": data["hidden_act"],
-        "activation_field": "hidden_act",
+        "activation": data[field],
+        "activation_field": field,
         "architectures": data["architectures"],
         "blocks": blocks,
         "predictor": {"family": family, "ffn_sha256": digest.hexdigest(), "selected": selected} if family else None,
     }
-    data["hidden_act"] = f"moyu:contribution:{data['hidden_act']} (load with moyu_kernels.from_pretrained)"
+    data[field] = f"moyu:contribution:{data[field]} (load with moyu_kernels.from_pretrained)"
     data["architectures"] = [f"Moyu{name}" for name in data["architectures"]]
     path.write_text(json.dumps(data))
     (folder / "moyu").mkdir()

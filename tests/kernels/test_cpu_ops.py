@@ -278,6 +278,7 @@ build.MACHINE_FLAGS = GIVEN
 import test_cpu_ops as tests
 import test_gate_rules as gates
 import test_int8_op as int8
+import test_plain_op as plain
 import test_topk as topk
 assert tests.cpu.load()
 for dtype in tests.DTYPES:
@@ -287,6 +288,9 @@ for dtype in tests.DTYPES:
     for rule in gates.RULES:
         gates.test_equals_naive(rule, 3, dtype)
         gates.test_rows_equal_batch_of_one_bitwise(rule, dtype)
+    plain.test_rows_equal_batch_of_one_bitwise(dtype)
+    for rule in plain.RULES:
+        plain.test_equals_naive(rule, 3, dtype)
     topk.test_equals_naive(3, dtype)
     topk.test_rows_equal_batch_of_one_bitwise(dtype)
     int8.test_equals_naive(3, dtype)

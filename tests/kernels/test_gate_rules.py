@@ -260,8 +260,8 @@ def test_dense_mode_drops_masks_and_keeps_functions(rule: str) -> None:
 def test_what_a_rule_does_not_go_with_is_refused() -> None:
     with pytest.raises(ValueError, match="rule 'relu2' has no triton op yet"):
         module(rule_arguments(1, torch.float32, "relu2"), backend="triton")
-    with pytest.raises(ValueError, match="rule 'selu' has no op; use one of threshold"):
+    with pytest.raises(ValueError, match="rule 'selu' has no op in a gated FFN; use one of threshold"):
         module([*rule_arguments(1, torch.float32, "relu")[:-1], "selu"])
     arguments = rule_arguments(1, torch.float32, "statistical_topk", family="lowbit")
-    with pytest.raises(ValueError, match="needs the gates of all neurons; load it without a predictor"):
+    with pytest.raises(ValueError, match="needs the gates of all neurons, so a predictor has none"):
         module(arguments)

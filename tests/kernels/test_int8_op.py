@@ -301,10 +301,10 @@ def test_a_block_without_an_op_cannot_have_int8_weights(checkpoint: Factory) -> 
     folder = checkpoint()
     from test_loading import reseal, rewrite
 
-    rewrite(folder / "config.json", lambda data: data["moyu"]["blocks"][0].update(layout="plain"))
+    rewrite(folder / "config.json", lambda data: data["moyu"]["blocks"][0].update(layout="experts"))
     reseal(folder)
     with pytest.raises(
-        CheckpointError, match=r"mlp cannot have int8 weights, since layout 'plain' has no op; load it with"
+        CheckpointError, match=r"mlp cannot have int8 weights, since layout 'experts' has no op; load it with"
     ):
         from_pretrained(folder, weights="int8")
 

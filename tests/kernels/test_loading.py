@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from moyu_kernels import SparseGatedFFN, density_drift, from_pretrained
+from moyu_kernels import SparseFFN, SparseGatedFFN, density_drift, from_pretrained
 from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
@@ -187,7 +187,17 @@ def test_missing_state_and_block(checkpoint: Factory) -> None:
 
 
 def block(path: str, layout: str, up: str, down: str, **more: int) -> dict:
-    return {"path": path, "layout": layout, "gate": None, "up": up, "down": down, "neurons": 96, "hidden": 32, **more}
+    return {
+        "path": path,
+        "layout": layout,
+        "gate": None,
+        "up": up,
+        "down": down,
+        "neurons": 96,
+        "hidden": 32,
+        "act": "act",
+        **more,
+    }
 
 
 SMALL = {
@@ -219,8 +229,8 @@ def test_other_layouts_are_decoded_or_masked_and_announced(
     folder = checkpoint(stock, blocks=blocks, threshold=1e9, family=None)
     with caplog.at_level(logging.WARNING):
         model = from_pretrained(folder)
-    assert ("is simulated: mask after a dense matmul" in caplog.text) == (layout != "fused")
-    assert any(isinstance(module, SparseGatedFFN) for module in model.modules()) == (layout == "fused")
+    assert ("is simulated: mask after a dense matmul" in caplog.text) == (layout == "experts")
+    assert any(isinstance(module, SparseFFN) for module in model.modules()) == (layout != "experts")
     ids = torch.randint(64, (1, 6))
     assert not torch.allclose(model(ids).logits, stock(ids).logits, atol=1e-3)
     shutil.rmtree(folder)
@@ -233,7 +243,7 @@ def test_biases_are_simulated_not_dropped(checkpoint: Factory, caplog: pytest.Lo
     for layer in stock.model.layers:
         torch.nn.init.normal_(layer.mlp.down_proj.bias)
     model = from_pretrained(checkpoint(stock, threshold=0.0))
-    assert "without biases" in caplog.text
+    assert "its projections have biases" in caplog.text
     assert not any(isinstance(module, SparseGatedFFN) for module in model.modules())
     ids = torch.randint(128, (1, 4))
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)

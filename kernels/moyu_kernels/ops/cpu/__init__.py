@@ -1,4 +1,5 @@
-"""Native ops: `moyu::gated_ffn`, `sparse_linear`, `linear(s)`, `head_linear`, `attend`, and the yardstick `read_sum`.
+"""Native ops: `moyu::gated_ffn`, `plain_ffn`, `sparse_linear`, `linear(s)`, `head_linear`, `attend`, and the yardstick
+`read_sum`.
 
 Importing this module declares the ops and their fake versions; `load()` compiles and registers the kernels.
 """
@@ -23,6 +24,10 @@ _library.define(
     "gated_ffn(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
     " str rule='threshold', int keep=0, Tensor? scales=None, Tensor? columns=None) -> (Tensor, Tensor)"
 )
+_library.define(
+    "plain_ffn(Tensor x, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
+    " str rule='threshold', int keep=0, Tensor? up_bias=None, Tensor? down_bias=None) -> (Tensor, Tensor)"
+)
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scales=None) -> Tensor")
 _library.define("sparse_linear(Tensor x, Tensor weight, Tensor? bias, Tensor threshold) -> (Tensor, Tensor)")
@@ -46,6 +51,22 @@ def _(
     keep: int = 0,
     scales: Tensor | None = None,
     columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
+
+
+@torch.library.register_fake("moyu::plain_ffn")
+def _(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str = "threshold",
+    keep: int = 0,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
@@ -91,6 +112,7 @@ def load() -> bool:
     except (BuildError, OSError) as error:
         logger.warning("moyu: the CPU kernels are not available, decoding falls back to plain PyTorch: %s", error)
         _library.impl("gated_ffn", naive.gated_ffn, "CPU")
+        _library.impl("plain_ffn", naive.plain_ffn, "CPU")
         _library.impl("linear", naive_linear.linear, "CPU")
         _library.impl("linears", naive_linear.linears, "CPU")
         _library.impl("sparse_linear", naive_linear.sparse_linear, "CPU")
@@ -129,6 +151,31 @@ def gated_ffn(
     load()
     op = torch.ops.moyu.gated_ffn.default
     return op(x, gate, up, down, threshold, act, predictor, rule, keep, scales, columns)
+
+
+def plain_ffn(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str = "threshold",
+    keep: int = 0,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`naive.plain_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
+
+    Down rows that no row keeps are not read. With a predictor or mask, neither are up rows of neurons that no row
+    selects.
+
+    Args and returns: as `naive.plain_ffn`; x bfloat16, float16 or float32, weights and biases contiguous.
+    Raises: RuntimeError where a shape or dtype does not fit, saying which.
+    """
+    load()
+    op = torch.ops.moyu.plain_ffn.default
+    return op(x, up, down, threshold, act, predictor, rule, keep, up_bias, down_bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

@@ -153,7 +153,11 @@ void widen_input(const Tensor& x, float* out, int64_t stride) {
 template <class W>
 struct Matrix {
   const W* rows;
-  const float* scale;  // [rows] for int8, else not used
+  const float* scale;           // [rows] for int8, else not used
+  const float* bias = nullptr;  // [rows] or none
+
+  // A row's output, of its dot product.
+  float output(float dot, int64_t row) const { return bias ? scaled(dot, row) + bias[row] : scaled(dot, row); }
 
   // What stands for `value`, which is linear in the stored row.
   float scaled(float value, int64_t row) const {

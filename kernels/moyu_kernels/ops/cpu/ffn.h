@@ -1,4 +1,4 @@
-// The gated FFN that reads only the rows of neurons in use.
+// The gated or plain FFN that reads only the rows of neurons in use.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,7 @@ namespace moyu {
 template <class W>
 struct Ffn {
   Matrix<W> gate, up, down;
+  bool plain;  // then up stands for the gate, and nothing for up
   const float *threshold, *x;
   const uint8_t* given;  // [neurons]: the mask, where it was known before the call, else null
   std::optional<LowRank> lowrank;
@@ -45,7 +46,7 @@ struct Ffn {
   // [rows, stride], the last of them only in a later call or `finish`. Fetches ahead: gate (where it is not known) and
   // up of the coming neurons, into the range `after`, and each down row as soon as its neuron is kept.
   void run(Selection& s, const Selection& after, RowSums<W>& sums, float* partial, int32_t* counts) const {
-    const bool known = first && first->complete();
+    const bool known = first && first->known();
     std::fill(partial, partial + rows * stride, 0.0f);
     s.count(rows, counts, 2);
     for (int64_t n = 0; known && n < rows; ++n) counts[2 * n] = static_cast<int32_t>(s.size);
@@ -53,7 +54,7 @@ struct Ffn {
     for (int64_t i = 0; i < s.found; ++i) {
       const int64_t j = s.list[i], f = s.first + j;
       const int64_t far = s.neuron(i + lead, after, f) * d, near = s.neuron(i + lead / 2, after, f) * d;
-      const W *nothing = up.rows + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
+      const W *nothing = (plain ? gate : up).rows + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
       float gates[MAX_ROWS], ups[MAX_ROWS], a[MAX_ROWS];
       if (known) {
         for (int64_t n = 0; n < rows; ++n) a[n] = first->row(n)[f];
@@ -62,6 +63,10 @@ struct Ffn {
         dots_tiled(Rows<W, 1>{{up.rows + f * d}}, ahead, x, rows, stride, d,
                    [&](int, int64_t n, float value) { ups[n] = up.scaled(value, f); });
         for (int64_t n = 0; n < rows; ++n) gates[n] = first->row(n)[f];
+      } else if (plain) {
+        const Rows<W, 4> ahead{{gate.rows + far, gate.rows + near, newest, recent}};
+        dots_tiled(Rows<W, 1>{{gate.rows + f * d}}, ahead, x, rows, stride, d,
+                   [&](int, int64_t n, float value) { a[n] = ruled(gate.output(value, f), f); });
       } else {
         const Rows<W, 6> ahead{{gate.rows + far, up.rows + far, gate.rows + near, up.rows + near, newest, recent}};
         dots_tiled(Rows<W, 2>{{gate.rows + f * d, up.rows + f * d}}, ahead, x, rows, stride, d,
@@ -70,7 +75,7 @@ struct Ffn {
       }
       const float least = ruled.rule == Rule::threshold ? threshold[f] : 0.0f;
       for (int64_t n = 0; n < rows; ++n) {
-        if (!known) a[n] = gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
+        if (!known && !plain) a[n] = gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
         if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
       }
       if (!s.mask[j]) continue;
@@ -81,15 +86,26 @@ struct Ffn {
   }
 };
 
-// x and y of type X on weights of type W. Where W is int8, scales: [3, neurons], of the rows of gate, up and down;
-// columns: [d], of down's.
+// What an op is given beside x. Of a plain FFN `gate` is up and `up` is not used.
+struct FfnArguments {
+  const Tensor &gate, &up, &down;
+  bool plain;
+  const float *scales, *columns;        // of int8 rows: [3, neurons], of gate, up and down; [d], of down's columns
+  const float *gate_bias, *down_bias;  // of a plain FFN, [neurons] and [d], or null
+  const Tensor& threshold;
+  Act act;
+  const std::vector<Tensor>& predictor;
+  Rule rule;
+  int64_t keep;
+};
+
+// x and y of type X on weights of type W.
 template <class X, class W>
-void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, const float* scales,
-             const float* columns, const Tensor& threshold, Act act, const std::vector<Tensor>& predictor, Rule rule, int64_t keep, Tensor& y,
-             Tensor& counts) {
-  const int64_t rows = x.size(0), d = x.size(1), neurons = gate.size(0), stride = padded(d);
-  const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6;
-  const bool gate_first = predictor.empty() && rule != Rule::threshold;
+void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& counts) {
+  const int64_t rows = x.size(0), d = x.size(1), neurons = given.gate.size(0), stride = padded(d);
+  const std::vector<Tensor>& predictor = given.predictor;
+  const bool lowrank = predictor.size() == 5, lowbit = predictor.size() == 6 || predictor.size() == 4;
+  const bool gate_first = predictor.empty() && (given.plain ? whole_row(given.rule) : given.rule != Rule::threshold);
   const int64_t rank = lowrank ? predictor[0].size(0) : 0, hidden_stride = padded(rank);
   const int64_t code_bytes = lowbit ? predictor[0].size(1) : 0, planes = planes_of(d, code_bytes);
   const int64_t plane = plane_of(d, planes);
@@ -100,53 +116,67 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
   static thread_local std::vector<int8_t> rounded;
   scratch.resize(rows * (2 * stride + hidden_stride + ranges * stride + (gate_first ? padded(neurons) : 0)));
   range_counts.resize(ranges * rows * 2);
-  float *wide = scratch.data(), *plain = wide + rows * stride, *hidden = plain + rows * stride,
+  float *wide = scratch.data(), *ordered = wide + rows * stride, *hidden = ordered + rows * stride,
         *partial = hidden + rows * hidden_stride, *gates = partial + rows * ranges * stride;
   int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
   float steps[MAX_ROWS];
   widen_input<X, W>(x, wide, stride);
 
   const auto matrix = [&](const Tensor& rows, int64_t which) {
-    return Matrix<W>{data<const W>(rows), scales ? scales + which * neurons : nullptr};
+    return Matrix<W>{data<const W>(rows), given.scales ? given.scales + which * neurons : nullptr};
   };
-  Ffn<W> ffn{matrix(gate, 0),
-             matrix(up, 1),
-             matrix(down, 2),
-             data<const float>(threshold),
+  Matrix<W> front = matrix(given.gate, 0);
+  front.bias = given.gate_bias;
+  Ffn<W> ffn{front,
+             matrix(given.up, 1),
+             matrix(given.down, 2),
+             given.plain,
+             data<const float>(given.threshold),
              wide,
              predictor.size() == 1 ? data<const uint8_t>(predictor[0]) : nullptr,
              std::nullopt,
              std::nullopt,
              std::nullopt,
-             Gate{act, rule, data<const float>(threshold)},
+             Gate{given.act, given.rule, data<const float>(given.threshold)},
              rows,
              d,
              neurons,
              stride,
              block};
-  if (lowrank || lowbit) widen_input<X, int8_t>(x, plain, stride);
+  if (lowrank || lowbit) widen_input<X, int8_t>(x, ordered, stride);
   const auto floats = [&](int i) { return data<const float>(predictor[i]); };
   if (lowrank) {
     std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
     ffn.lowrank = LowRank{data<const int8_t>(predictor[0]), data<const int8_t>(predictor[2]), floats(1), floats(3),
-                          floats(4), plain, rank, rows, d, stride, neurons, hidden, hidden_stride};
+                          floats(4), ordered, rank, rows, d, stride, neurons, hidden, hidden_stride};
   }
   if (lowbit) {
     rounded.assign(rows * planes * plane, 0);
     for (int64_t n = 0; n < rows; ++n)
-      steps[n] = round_row(plain + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n]);
-    ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]), data<const uint8_t>(predictor[2]), floats(1), floats(3),
-                        floats(4), floats(5), Rounded{rounded.data(), planes, code_bytes, plane, steps, sums}, rows,
-                        neurons, ffn.ruled};
+      steps[n] = round_row(ordered + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n]);
+    const size_t last = predictor.size() - 2;
+    ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]),
+                        given.plain ? nullptr : data<const uint8_t>(predictor[2]),
+                        floats(1),
+                        floats(3),
+                        floats(last),
+                        floats(last + 1),
+                        given.gate_bias,
+                        Rounded{rounded.data(), planes, code_bytes, plane, steps, sums},
+                        rows,
+                        neurons,
+                        ffn.ruled};
   }
-  if (gate_first) ffn.first = GateFirst<W>{ffn.gate, ffn.up, ffn.ruled, wide, rows, d, stride, neurons, keep, gates};
+  if (gate_first)
+    ffn.first = GateFirst<W>{ffn.gate, ffn.up, given.plain, ffn.ruled,  wide, rows, d,
+                             stride,   neurons, given.keep, gates};
   const int64_t parts = ffn.parts();
   Claims claims(ranges), part_claims(parts);
   std::atomic<int64_t> parts_done{0};
   std::atomic<bool> ready{parts == 0};
   claims.run([&](int64_t thread) {
     Selection pair[2];
-    RowSums<W> sums(rows, stride, d, ffn.first && ffn.first->complete());
+    RowSums<W> sums(rows, stride, d, ffn.first && ffn.first->known());
     int64_t range = claims.claim(thread);
     for (int64_t part; (part = part_claims.claim(thread)) >= 0;) {
       ffn.prepare(part);
@@ -172,7 +202,8 @@ void run_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor
   for (int64_t i = 0; i < ranges * rows * 2; ++i) total[i % (rows * 2)] += tally[i];
   const auto used = [&](int64_t range, int64_t n) { return tally[(range * rows + n) * 2 + 1] > 0; };
   add_partials<W>(partial, ranges, rows, stride, d, used, [&](int64_t n, int64_t i, float sum) {
-    out[n * d + i] = static_cast<X>(columns ? sum * columns[i] : sum);
+    const float value = given.columns ? sum * given.columns[i] : sum;
+    out[n * d + i] = static_cast<X>(given.down_bias ? value + given.down_bias[i] : value);
   });
 }
 

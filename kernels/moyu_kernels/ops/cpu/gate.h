@@ -1,5 +1,5 @@
 // The gates of all neurons, before the rule selects by them: up rows are only read where a gate passes. The rule topk
-// ranks whole activations, so it reads all up rows here too.
+// ranks whole activations, so it reads all up rows here too. In a plain FFN up stands for the gate, and nothing for up.
 #pragma once
 
 #include <functional>
@@ -11,6 +11,7 @@ namespace moyu {
 template <class W>
 struct GateFirst {
   Matrix<W> weight, up;
+  bool plain;
   Gate gate;
   const float* x;
   int64_t rows, d, stride, neurons, keep;
@@ -20,16 +21,24 @@ struct GateFirst {
 
   float* row(int64_t n) const { return values + n * padded(neurons); }
 
-  // Whether `values` are activations, so that no up row has to be read any more.
+  // Whether `values` are activations before the rule selects.
   bool complete() const { return gate.rule == Rule::topk; }
+
+  // Whether no row of gate or up has to be read any more.
+  bool known() const { return plain || complete(); }
 
   int64_t parts() const { return (neurons + chunk_rows<W>(d) - 1) / chunk_rows<W>(d); }
 
   void prepare(int64_t part) const {
     const int64_t begin = part * chunk_rows<W>(d), left = neurons - begin, count = std::min(chunk_rows<W>(d), left);
     stream_dots(weight.rows + begin * d, count, left, x, rows, stride, d,
-                [&](int64_t j, int64_t n, float value) { row(n)[begin + j] = weight.scaled(value, begin + j); });
+                [&](int64_t j, int64_t n, float value) { row(n)[begin + j] = weight.output(value, begin + j); });
     if (!complete()) return;
+    if (plain) {
+      for (int64_t n = 0; n < rows; ++n)
+        for (int64_t f = begin; f < begin + count; ++f) row(n)[f] = gate(row(n)[f], f);
+      return;
+    }
     stream_dots(up.rows + begin * d, count, left, x, rows, stride, d, [&](int64_t j, int64_t n, float value) {
       float& a = row(n)[begin + j];
       a = gate(a, begin + j) * up.scaled(value, begin + j);

@@ -12,11 +12,12 @@
 
 namespace moyu {
 
-void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64_t d, int64_t neurons) {
+void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64_t d, int64_t neurons, bool plain) {
   if (predictor.empty()) return;
-  REQUIRE(predictor.size() == 1 || predictor.size() == 5 || predictor.size() == 6, op, ": predictor has ",
-          predictor.size(), " tensors, expected none, [mask], [w1, s1, w2, s2, bias] or [gate_codes, gate_scale, "
-          "up_codes, up_scale, weight, bias]");
+  const size_t lowbit = plain ? 4 : 6;
+  REQUIRE(predictor.size() == 1 || predictor.size() == 5 || predictor.size() == lowbit, op, ": predictor has ",
+          predictor.size(), " tensors, expected none, [mask], [w1, s1, w2, s2, bias] or [",
+          plain ? "" : "gate_codes, gate_scale, ", "up_codes, up_scale, weight, bias]");
   if (predictor.size() == 1) {
     check(op, "mask", predictor[0], {neurons}, ScalarType::Byte);
   } else if (predictor.size() == 5) {
@@ -31,13 +32,23 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
   } else {
     const bool one_bit = predictor[0].dim() == 2 && predictor[0].size(1) == (d + 7) / 8 && d > 4;
     const int64_t bytes = one_bit ? (d + 7) / 8 : (d + 3) / 4;
-    check(op, "predictor gate_codes", predictor[0], {neurons, bytes}, ScalarType::Byte);
-    check(op, "predictor gate_scale", predictor[1], {neurons}, ScalarType::Float);
-    check(op, "predictor up_codes", predictor[2], {neurons, bytes}, ScalarType::Byte);
-    check(op, "predictor up_scale", predictor[3], {neurons}, ScalarType::Float);
-    check(op, "predictor weight", predictor[4], {neurons}, ScalarType::Float);
-    check(op, "predictor bias", predictor[5], {neurons}, ScalarType::Float);
+    const char* names[] = {"predictor gate_codes", "predictor gate_scale", "predictor up_codes", "predictor up_scale",
+                           "predictor weight",     "predictor bias"};
+    for (size_t i = 0; i < lowbit; ++i) {
+      const bool codes = i % 2 == 0 && i + 2 < lowbit;
+      const char* name = names[i + 6 - lowbit];
+      if (codes) check(op, name, predictor[i], {neurons, bytes}, ScalarType::Byte);
+      else check(op, name, predictor[i], {neurons}, ScalarType::Float);
+    }
   }
+}
+
+void check_rule(const char* op, Rule rule, const std::string& name, int64_t keep, const std::vector<Tensor>& predictor,
+                int64_t neurons) {
+  REQUIRE(predictor.empty() || !whole_row(rule), op, ": rule '", name,
+          "' needs the gates of all neurons, so a predictor has none to skip; pass []");
+  REQUIRE(rule != Rule::topk || (keep >= 1 && keep <= neurons), op, ": keep is ", keep,
+          ", rule 'topk' takes 1 to F = ", neurons);
 }
 
 std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down,
@@ -49,12 +60,9 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
   REQUIRE(gate.dim() == 2 && gate.size(0) >= 1, op, ": gate has shape ", shape_of(gate), ", expected [F, D]");
   const int64_t d = x.size(1), neurons = gate.size(0);
   const ScalarType dtype = x.scalar_type();
-  const Act activation = parse_act(act);
-  const Rule kept_by = parse_rule(rule);
-  REQUIRE(predictor.empty() || !whole_row(kept_by), op, ": rule '", rule,
-          "' needs the gates of all neurons, so a predictor has none to skip; pass []");
-  REQUIRE(kept_by != Rule::topk || (keep >= 1 && keep <= neurons), op, ": keep is ", keep,
-          ", rule 'topk' takes 1 to F = ", neurons);
+  const Act activation = parse_act(op, act);
+  const Rule kept_by = parse_rule(op, rule);
+  check_rule(op, kept_by, rule, keep, predictor, neurons);
   REQUIRE(scales.has_value() == columns.has_value() && (scales || gate.scalar_type() != ScalarType::Char), op,
           ": int8 weights go with scales [3, F], of the rows of gate, up and down, and columns [D], of down's; pass both, "
           "or weights of x's dtype and none");
@@ -68,12 +76,50 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "up", up, {neurons, d}, stored);
     check(op, "down", down, {neurons, d}, stored);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
-    check_predictor(op, predictor, d, neurons);
+    check_predictor(op, predictor, d, neurons, false);
     using X = decltype(type);
     const float* scale = scales ? data<const float>(*scales) : nullptr;
     const float* column = columns ? data<const float>(*columns) : nullptr;
     const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
-    run(x, gate, up, down, scale, column, threshold, activation, predictor, kept_by, keep, y, counts);
+    run(x, {gate, up, down, false, scale, column, nullptr, nullptr, threshold, activation, predictor, kept_by, keep}, y,
+        counts);
+  });
+  return {y, counts};
+}
+
+std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& threshold,
+                                     std::string act, const std::vector<Tensor>& predictor, std::string rule,
+                                     int64_t keep, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias) {
+  const char* op = "plain_ffn";
+  check_input(op, x);
+  REQUIRE(up.dim() == 2 && up.size(0) >= 1, op, ": up has shape ", shape_of(up), ", expected [F, D]");
+  const int64_t d = x.size(1), neurons = up.size(0);
+  const ScalarType dtype = x.scalar_type();
+  const Act activation = parse_act(op, act);
+  const Rule kept_by = parse_rule(op, rule);
+  REQUIRE(kept_by != Rule::drelu, op, ": rule 'drelu' needs a gate, and a plain FFN has none; use another rule");
+  check_rule(op, kept_by, rule, keep, predictor, neurons);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), d});
+  Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
+  dispatch(dtype, op, [&](auto type) {
+    using X = decltype(type);
+    check(op, "up", up, {neurons, d}, dtype);
+    check(op, "down", down, {neurons, d}, dtype);
+    if (up_bias) check(op, "up_bias", *up_bias, {neurons}, dtype);
+    if (down_bias) check(op, "down_bias", *down_bias, {d}, dtype);
+    check(op, "threshold", threshold, {neurons}, ScalarType::Float);
+    check_predictor(op, predictor, d, neurons, true);
+    static thread_local std::vector<float> biases;
+    biases.resize(neurons + d);
+    const auto widened = [](const std::optional<Tensor>& bias, float* out) -> const float* {
+      if (!bias) return nullptr;
+      std::copy_n(data<const X>(*bias), bias->numel(), out);
+      return out;
+    };
+    const float *first = widened(up_bias, biases.data()), *last = widened(down_bias, biases.data() + neurons);
+    run_ffn<X, X>(x,
+                  {up, up, down, true, nullptr, nullptr, first, last, threshold, activation, predictor, kept_by, keep},
+                  y, counts);
   });
   return {y, counts};
 }
@@ -204,6 +250,7 @@ Tensor read_sum(const Tensor& buffer) {
 
 STABLE_TORCH_LIBRARY_IMPL(moyu, CPU, m) {
   m.impl("gated_ffn", TORCH_BOX(&moyu::gated_ffn));
+  m.impl("plain_ffn", TORCH_BOX(&moyu::plain_ffn));
   m.impl("linear", TORCH_BOX(&moyu::linear));
   m.impl("linears", TORCH_BOX(&moyu::linears));
   m.impl("sparse_linear", TORCH_BOX(&moyu::sparse_linear));

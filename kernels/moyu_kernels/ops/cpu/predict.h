@@ -8,20 +8,22 @@
 
 namespace moyu {
 
-enum class Act { silu, relu, gelu, gelu_tanh };
+enum class Act { silu, relu, relu2, gelu, gelu_tanh };
 
-Act parse_act(const std::string& name) {
+Act parse_act(const char* op, const std::string& name) {
   if (name == "silu") return Act::silu;
   if (name == "relu") return Act::relu;
+  if (name == "relu2") return Act::relu2;
   if (name == "gelu") return Act::gelu;
   if (name == "gelu_tanh") return Act::gelu_tanh;
-  REQUIRE(false, "gated_ffn: activation '", name, "' is unknown; use silu, relu, gelu or gelu_tanh");
+  REQUIRE(false, op, ": activation '", name, "' is unknown; use silu, relu, relu2, gelu or gelu_tanh");
 }
 
 inline float activate(Act act, float g) {
   switch (act) {
     case Act::silu: return g / (1.0f + std::exp(-g));
     case Act::relu: return g > 0.0f ? g : 0.0f;
+    case Act::relu2: return g > 0.0f ? g * g : 0.0f;
     case Act::gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
     default: return 0.5f * g * (1.0f + std::tanh(0.79788456f * (g + 0.044715f * g * g * g)));
   }
@@ -40,12 +42,12 @@ enum class Rule {
   topk
 };
 
-Rule parse_rule(const std::string& name) {
+Rule parse_rule(const char* op, const std::string& name) {
   constexpr const char* NAMES[] = {"threshold", "gate_threshold",   "relu",                  "fatrelu", "relu2",
                                    "drelu",     "statistical_topk", "statistical_topk_soft", "topk"};
   for (int i = 0; i < 9; ++i)
     if (name == NAMES[i]) return static_cast<Rule>(i);
-  REQUIRE(false, "gated_ffn: rule '", name, "' is unknown; use threshold, gate_threshold, relu, fatrelu, relu2, drelu, ",
+  REQUIRE(false, op, ": rule '", name, "' is unknown; use threshold, gate_threshold, relu, fatrelu, relu2, drelu, ",
           "statistical_topk, statistical_topk_soft or topk");
 }
 
@@ -220,9 +222,10 @@ inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, in
 #endif
 
 // Copies of gate and up in 2 bits or 1 (naive.lowbit_scores). All products are integers, so their order does not matter.
+// Of a plain FFN up stands for the gate, with its bias, and nothing for up (naive.lowbit_up_scores).
 struct LowBit {
   const uint8_t *gate_codes, *up_codes;
-  const float *gate_scale, *up_scale, *weight, *bias;
+  const float *gate_scale, *up_scale, *weight, *bias, *gate_bias;
   Rounded x;
   int64_t rows, neurons;
   Gate gate;
@@ -246,11 +249,14 @@ struct LowBit {
       };
       for (int64_t f = first; f < end; f += 4) {
         products(gate_codes, gate_scale, f, gates);
-        products(up_codes, up_scale, f, ups);
+        if (up_codes) products(up_codes, up_scale, f, ups);
       }
+      for (int64_t j = 0; gate_bias && j < size; ++j) gates[j] += gate_bias[first + j];
       gate.all(gates, first, size);
-      for (int64_t j = 0; j < size; ++j)
-        mask[j] |= (weight[first + j] * std::sqrt(std::fabs(gates[j] * ups[j])) + bias[first + j] > 0.0f) << n;
+      for (int64_t j = 0; j < size; ++j) {
+        const float a = up_codes ? gates[j] * ups[j] : gates[j];
+        mask[j] |= (weight[first + j] * std::sqrt(std::fabs(a)) + bias[first + j] > 0.0f) << n;
+      }
     }
   }
 };

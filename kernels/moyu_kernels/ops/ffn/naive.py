@@ -1,7 +1,9 @@
-"""Gated FFN with a dynamic mask in plain PyTorch: the definition that every backend is tested against.
+"""Gated and plain FFN with a dynamic mask in plain PyTorch: the definition that every backend is tested against.
 
 Shapes: N rows (tokens), D hidden size, F neurons, R predictor rank. `gate`, `up` and `down` are
 neuron-contiguous `[F, D]` (`down` is the transposed stock weight), so that one neuron is one row of each.
+
+What is said of a gate holds for up in a plain FFN: the activation acts on it.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from .simulated import SCORES
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
+    "relu2": lambda g: functional.relu(g).square(),
     "gelu": functional.gelu,
     "gelu_tanh": lambda g: functional.gelu(g, approximate="tanh"),
 }
@@ -33,12 +36,14 @@ RULES = (
 )
 WHOLE_ROW = ("statistical_topk", "statistical_topk_soft", "topk")  # rules that compare all neurons: no predictor
 ON_GATE = tuple(rule for rule in RULES if rule not in ("threshold", "topk"))  # rules by which a gate drops its neuron
+PLAIN_RULES = tuple(rule for rule in RULES if rule != "drelu")  # what a plain FFN takes: dReLU needs gate and up
 SUBSTITUTES = ("relu", "fatrelu", "relu2", "drelu")  # rules that are another function, not a mask on the stock one
 
 # Tensors of a predictor by family, in the order in which the ops take them. What a checkpoint stores:
 PREDICTORS = {
     "lowrank": ("w1", "s1", "w2", "s2", "bias"),
     "lowbit": ("gate_codes", "gate_scale", "up_codes", "up_scale", "weight", "bias"),
+    "lowbit_up": ("up_codes", "up_scale", "weight", "bias"),  # of a plain FFN
 }
 GIVEN = {"given": ("mask",)}  # a mask that was known before the call, in a predictor's place
 # Those that no op computes yet (simulated.py): masks on a dense model only.
@@ -77,12 +82,15 @@ def predictor_scores(x: Tensor, predictor: list[Tensor], act: Callable[[Tensor],
     """Score of each neuron; a neuron is selected where its score is above zero.
 
     Args: x `[..., D]` model dtype, for the family "history" `[..., T, D]` from the start of a sequence on; predictor
-        the tensors of a family in `PREDICTORS` or `SIMULATED`; act the FFN's activation, or what a rule puts there.
+        the tensors of a family in `PREDICTORS` or `SIMULATED`; act the FFN's activation, or what a rule puts there,
+        of a plain FFN with up's bias added before.
     Returns: `[..., F]` fp32.
     """
     family = predictor_family(predictor)
     if family == "lowbit":
         return lowbit_scores(x, act, *predictor)
+    if family == "lowbit_up":
+        return lowbit_up_scores(x, act, *predictor)
     if family == "lowrank":
         return lowrank_scores(x, *predictor)
     return SCORES[family](x, *predictor)
@@ -98,7 +106,7 @@ def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list
         rank = len(predictor[0])
         return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
     codes = ((neurons, -(-hidden * code_bits(predictor[0], hidden) // 8)), torch.uint8)
-    return [codes, vector, codes, vector, vector, vector]
+    return [codes, vector] * (2 if family == "lowbit" else 1) + [vector, vector]
 
 
 def pack_mask(keep: Tensor) -> Tensor:
@@ -138,14 +146,24 @@ def lowbit_scores(
     Args: x `[N, D]`; codes `[F, ceil(D * bits / 8)]` uint8 as `unpack_codes` reads them; scales, weight and bias `[F]`
         fp32.
     """
+    gate, up = _lowbit_products(x, (gate_codes, gate_scale), (up_codes, up_scale))
+    return weight * (act(gate) * up).abs().sqrt() + bias
+
+
+def lowbit_up_scores(
+    x: Tensor, act: Callable[[Tensor], Tensor], up_codes: Tensor, up_scale: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """`score = weight * sqrt(abs(act(up2 @ x8))) + bias`: `lowbit_scores` of a plain FFN; tensors as there."""
+    (up,) = _lowbit_products(x, (up_codes, up_scale))
+    return weight * act(up).abs().sqrt() + bias
+
+
+def _lowbit_products(x: Tensor, *copies: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """fp32 `[..., F]` of each copy, codes and scales, with x rounded to int8."""
     top = x.float().abs().amax(-1, keepdim=True)
     x8 = torch.where(top > 1e-30, x.float() * (top.reciprocal() * 127), 0.0).round()
     step = top * (1 / 127)
-    gate, up = (
-        x8 @ unpack_codes(codes, x.shape[-1]).T * step * scale
-        for codes, scale in ((gate_codes, gate_scale), (up_codes, up_scale))
-    )
-    return weight * (act(gate) * up).abs().sqrt() + bias
+    return [x8 @ unpack_codes(codes, x.shape[-1]).T * step * scale for codes, scale in copies]
 
 
 def code_bits(codes: Tensor, columns: int) -> int:
@@ -205,18 +223,20 @@ def ruled_gate(rule: str, g: Tensor, stock: Tensor, act: Callable[[Tensor], Tens
 
 
 def ruled_activation(
-    g: Tensor, u: Tensor, threshold: Tensor, act: str, rule: str, keep: int = 0
+    g: Tensor, u: Tensor | None, threshold: Tensor, act: str, rule: str, keep: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """a `[..., F]` of g's dtype, set to zero where it is not kept, and of which neurons up and down are needed, bool.
 
     What is not a number is not kept.
 
-    Args: g, u `[..., F]`; threshold `[F]` fp32; act a name from `ACTIVATIONS`; rule one from `RULES`; keep of "topk".
+    Args: g, u `[..., F]`, of a plain FFN up's output and None; threshold `[F]` fp32; act a name from `ACTIVATIONS`;
+        rule one from `RULES`; keep of "topk".
     """
     function = ACTIVATIONS[act]
     gate = ruled_gate(rule, g, function(g), function, threshold)
-    a = gate * (torch.relu(u) if rule == "drelu" else u)
-    selected = gate.abs() > 0 if rule in ON_GATE else torch.ones_like(a, dtype=torch.bool)
+    a = gate if u is None else gate * (torch.relu(u) if rule == "drelu" else u)
+    by_gate = rule in ON_GATE and u is not None
+    selected = gate.abs() > 0 if by_gate else torch.ones_like(a, dtype=torch.bool)
     least: Tensor | float = threshold if rule == "threshold" else 0.0
     size = a.abs()
     if rule == "topk":
@@ -260,23 +280,84 @@ def gated_ffn(
     """
     if {scales is None, columns is None} != {gate.dtype != torch.int8}:
         raise ValueError(f"gate is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do")
-    if predictor and rule in WHOLE_ROW:
-        raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
-    if rule == "topk" and not 1 <= keep <= len(gate):
-        raise ValueError(f"keep is {keep}, rule 'topk' takes 1 to F = {len(gate)}")
+    check_rule(rule, keep, predictor, len(gate), gated=True)
     g, u = x.float() @ gate.float().T, x.float() @ up.float().T
     if scales is not None:
         g, u = g * scales[0], u * scales[1]
+    a, counts = _masked(x, g, u, threshold, act, predictor, rule, keep, None)
+    y = a @ down.float() if scales is None or columns is None else (a * scales[2]) @ down.float() * columns
+    return y.to(x.dtype), counts
+
+
+def plain_ffn(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str = "threshold",
+    keep: int = 0,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y = a @ down + down_bias` with `a = act(x @ up.T + up_bias)`, set to zero where it is not kept.
+
+    Rules, predictors and masks are those of `gated_ffn` without its u, so up with its bias stands where the gate does.
+    What is dropped adds nothing, whatever its bias.
+
+    Args: as there, but rule one from `PLAIN_RULES`; up_bias `[F]` and down_bias `[D]` of x's dtype.
+    Returns: as there; without a predictor or mask all F neurons are selected, since all up rows are read.
+    Raises: ValueError as there, and for the rule "drelu".
+    """
+    check_rule(rule, keep, predictor, len(up), gated=False)
+    u = x.float() @ up.float().T
+    if up_bias is not None:
+        u = u + up_bias.float()
+    a, counts = _masked(x, u, None, threshold, act, predictor, rule, keep, up_bias)
+    y = a @ down.float()
+    return (y if down_bias is None else y + down_bias.float()).to(x.dtype), counts
+
+
+def check_rule(rule: str, keep: int, predictor: list[Tensor], neurons: int, gated: bool) -> None:
+    """Raises: ValueError for what an FFN does not take, gated or plain."""
+    known = RULES if gated else PLAIN_RULES
+    if rule not in known:
+        kind = "gated" if gated else "plain"
+        raise ValueError(f"rule {rule!r} has no op in a {kind} FFN; use one of {', '.join(known)}")
+    if predictor and rule in WHOLE_ROW:
+        raise ValueError(f"rule {rule!r} needs the gates of all neurons, so a predictor has none to skip; pass []")
+    if rule == "topk" and not 1 <= keep <= neurons:
+        raise ValueError(f"keep is {keep}, rule 'topk' takes 1 to F = {neurons}")
+    if predictor and op_family(predictor) == ("lowbit_up" if gated else "lowbit"):
+        raise ValueError(
+            f"predictor {op_family(predictor)!r} has copies of {'up alone' if gated else 'gate and up'}, and this FFN "
+            f"{'has a gate' if gated else 'has no gate'}; pass [] or a predictor that was fitted for it"
+        )
+
+
+def _masked(
+    x: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    threshold: Tensor,
+    act: str,
+    predictor: list[Tensor],
+    rule: str,
+    keep: int,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """a `[N, F]`, zero where it is not kept by rule, predictor or mask, and the counts; bias: up's, of a plain FFN."""
     a, selected, kept = ruled_activation(g, u, threshold, act, rule, keep)
     if predictor:
         function = ACTIVATIONS[act]
-        if op_family(predictor) == "given":
-            selected = unpack_mask(predictor[0], len(x))
-        else:
-            scored = predictor_scores(x, predictor, lambda g: ruled_gate(rule, g, function(g), function, threshold))
-            selected = scored > 0
+
+        def ruled(g: Tensor) -> Tensor:
+            g = g if bias is None else g + bias.float()
+            return ruled_gate(rule, g, function(g), function, threshold)
+
+        given = op_family(predictor) == "given"
+        selected = unpack_mask(predictor[0], len(x)) if given else predictor_scores(x, predictor, ruled) > 0
         kept = kept & selected
-    a = torch.where(kept, a, 0.0)
-    y = a @ down.float() if scales is None or columns is None else (a * scales[2]) @ down.float() * columns
     counts = torch.stack([selected.sum(-1), kept.sum(-1)], dim=-1).to(torch.int32)
-    return y.to(x.dtype), counts
+    return torch.where(kept, a, 0.0), counts

@@ -32,6 +32,9 @@ def activate(g, ACT: tl.constexpr):
         return g * tl.sigmoid(g)
     elif ACT == "relu":
         return tl.maximum(g, 0.0)
+    elif ACT == "relu2":
+        positive = tl.maximum(g, 0.0)
+        return positive * positive
     elif ACT == "gelu":
         return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     else:
