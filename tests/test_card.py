@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard
 from moyu_kernels.checkpoint import read_manifest
 from tiny import save_tiny, tiny_settings
 
+from moyu_train.analysis.tables import training_said
 from moyu_train.checkpoints.card import parent_metadata, write_card
 from moyu_train.checkpoints.export import write_manifest
 from moyu_train.cli import main
@@ -106,3 +107,13 @@ def test_the_parent_is_known_by_its_id(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("moyu_train.checkpoints.card.try_to_load_from_cache", lambda *_: str(tmp_path / "README.md"))
     assert parent_metadata("someone/model") == {"base_model": "someone/model", "license": "mit"}
     assert parent_metadata("model.gguf") == {}
+
+
+@pytest.mark.parametrize(
+    ("sparse", "control", "said"),
+    [(12.0, 9.0, ""), (21.0, 9.0, "lower finetune.learning_rate"), (12.0, 11.0, "lower control.learning_rates")],
+)
+def test_training_that_did_harm_is_named(sparse: float, control: float, said: str) -> None:
+    found = training_said({"dense": 10.0, "control": control, "sparse": sparse, "untouched": 20.0})
+    assert said in found
+    assert bool(said) == bool(found)

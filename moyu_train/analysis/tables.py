@@ -52,8 +52,18 @@ def quality_table(result: dict[str, Any]) -> Table:
         f"{low:.3f} to {high:.3f} over documents. "
         f"Predictors are {result['predictor_bytes_share']:.1%} of the FFN's bytes, counted as read."
         + (f" {heads_said(heads)}" if (heads := result.get("heads")) else "")
+        + training_said(ppl)
     )
     return table
+
+
+def training_said(ppl: dict[str, float]) -> str:
+    """What to change where training did harm; empty where it did not."""
+    if ppl["sparse"] > ppl["untouched"]:
+        return " Training made the sparse model worse than the untouched one: lower finetune.learning_rate."
+    if ppl.get("control", 0.0) > ppl["dense"]:
+        return " Training made the control worse than the dense model: lower control.learning_rates."
+    return ""
 
 
 def heads_said(heads: dict[str, Any]) -> str:
