@@ -22,6 +22,7 @@ from moyu_train.files import read_json, reading
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
 from moyu_train.progress import track
+from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -128,7 +129,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         rounded["dense_int8"] = score(round_ffn(model), documents, window, "evaluate: dense, int8 FFN weights")
     thresholds, predictors = read(run.before("finetune"))
     rules = sparsifier_of(run.recipe, thresholds).rules
-    with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
+    start = HeadMasks.of(model, head_routers(run, "fit-heads"))
+    with start, SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     itemsize = weight_itemsize(checkpoint)
     variants: dict[str, Scores] = {"dense": dense}
