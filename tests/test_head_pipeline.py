@@ -290,6 +290,19 @@ def test_without_a_predictor_heads_are_predicted_all_the_same(tmp_path: Path) ->
     assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
 
 
+def test_heads_are_decoded_beside_an_ffn_without_an_op(tmp_path: Path) -> None:
+    run = Run(Recipe.model_validate(settings_in(tmp_path, "opt") | {"predictor": None}))
+    for name in ("calibrate", "finetune", "refit-heads", "export", "verify"):
+        run_stage(run, name)
+    found = run_stage(run, "evaluate")
+    assert found["simulated"]
+    assert found["heads"]["weights_skipped"] > 0
+    assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
+    query = moyu_kernels.from_pretrained(run.stage_folder("export") / "checkpoint").model.decoder.layers[1].self_attn
+    assert isinstance(query.q_proj, HeadQuery)
+    assert query.q_proj.bias is not None
+
+
 def test_routers_of_other_weights_are_not_exported(tmp_path: Path) -> None:
     run = Run(Recipe.model_validate(settings_in(tmp_path) | {"predictor": None}))
     for name in ("calibrate", "finetune", "refit-heads"):

@@ -80,9 +80,12 @@ def evaluate_checkpoint(
         with SparseMasks(model, rules, None, inputs=inputs) as rule:
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
-    if kernel_tokens and not simulated:
+    if kernel_tokens and (heads or not simulated):  # a simulated FFN decodes under its exact rule
         few = Documents([documents.tokens[0][: min(kernel_tokens, window)]])
-        with SparseMasks(model, rules, predictors, inputs=inputs), HeadMasks.of(model, heads):
+        with (
+            SparseMasks(model, rules, None if simulated else predictors, inputs=inputs),
+            HeadMasks.of(model, heads),
+        ):
             masked = score(model, few, window, "evaluate: masked path").perplexity
         del model
         exact = decode_perplexity(moyu_kernels.from_pretrained(folder, dtype=torch.float32), few)
