@@ -40,7 +40,7 @@ class Stage:
     function: str  # module:function, called with (run, folder), returns figures
     needs: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
-    only_with: str = ""  # a section, or `section.key`, that may be null: then the stage is left out
+    only_with: str = ""  # a section, or `section.key`, that may be null or false: then the stage is left out
 
 
 STAGES = {
@@ -62,6 +62,13 @@ STAGES = {
         ),
         Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
         Stage(
+            "fit-heads",
+            "moyu_train.training.stages:fit_heads",
+            ("calibrate",),
+            ("fit", "heads.unit", "heads.dense_layers", "heads.keep", "export.dtype"),
+            "heads.train",
+        ),
+        Stage(
             "control",
             "moyu_train.training.dense_control:control",
             (),
@@ -71,12 +78,12 @@ STAGES = {
         Stage(
             "finetune",
             "moyu_train.training.finetune:finetune",
-            ("calibrate-in-loop",),
+            ("calibrate-in-loop", "fit-heads"),
             ("finetune", "penalty", "delta"),
         ),
         Stage(
-            "fit-heads",
-            "moyu_train.training.stages:fit_heads",
+            "refit-heads",
+            "moyu_train.training.stages:refit_heads",
             ("finetune",),
             ("fit", "heads.unit", "heads.dense_layers", "export.dtype", "export.weights"),
             "heads.keep",
@@ -85,14 +92,14 @@ STAGES = {
         Stage(
             "recalibrate",
             "moyu_train.training.stages:recalibrate",
-            ("refit-predictors", "fit-heads"),
+            ("refit-predictors", "refit-heads"),
             ("heads.keep",),
             "predictor",
         ),
         Stage(
             "export",
             "moyu_train.checkpoints.stage:export_stage",
-            ("recalibrate", "fit-heads"),
+            ("recalibrate", "refit-heads"),
             ("export", "heads.keep"),
         ),
         Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
@@ -191,7 +198,7 @@ class Run:
     @property
     def stages(self) -> list[str]:
         """The stages of this recipe, in order."""
-        return [s.name for s in STAGES.values() if not s.only_with or attrgetter(s.only_with)(self.recipe) is not None]
+        return [s.name for s in STAGES.values() if not s.only_with or attrgetter(s.only_with)(self.recipe)]
 
     def needs(self, name: str) -> list[str]:
         """The stages that one reads from; where one of them is left out, those before it."""
@@ -200,7 +207,7 @@ class Run:
             needs = (*needs, "control")
         for need in needs:
             found += [need] if need in self.stages else self.needs(need)
-        return found
+        return list(dict.fromkeys(found))
 
     def before(self, name: str) -> Path:
         """Folder of the stage whose state a stage starts from."""
@@ -262,7 +269,7 @@ def _weights(source: str) -> list[str]:
 def run_stage(run: Run, name: str) -> dict[str, Any]:
     """Run one stage, or reuse it where it is finished; returns its figures."""
     if name not in run.stages:
-        raise MoyuError(f"stage {name!r} is not part of this recipe, which has {STAGES[name].only_with}: null")
+        raise MoyuError(f"stage {name!r} is not part of this recipe without {STAGES[name].only_with}")
     for need in run.needs(name):
         run.figures(need)
     record = run.finished(name)

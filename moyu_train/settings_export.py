@@ -86,6 +86,7 @@ class Heads(Section):
     keep: float | None = Field(
         None, gt=0, lt=1, description="share of the units that run for each token of the checkpoint; null for all"
     )
+    train: bool = Field(False, description="fine-tune with heads off, by routers of the dense model")
     densities: tuple[float, ...] = Field(
         (0.75, 0.5), min_length=1, description="shares of the units kept of each token, of `moyu heads`"
     )
@@ -95,3 +96,9 @@ class Heads(Section):
         1, ge=1, le=8, description="sequences that `moyu heads` decodes together: q and o rows of the union"
     )
     context: int = Field(2048, ge=1, description="tokens in the cache, for its bytes")
+
+    @model_validator(mode="after")
+    def _trains_what_it_keeps(self) -> "Heads":
+        if self.train and self.keep is None:
+            raise ValueError("heads.train runs fine-tuning with heads off, and heads.keep is null; give a share")
+        return self

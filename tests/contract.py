@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from moyu_kernels.heads import HeadRouters
 from safetensors.torch import save_file
 from tiny import tiny_model, with_deltas
 from torch import Tensor
@@ -23,6 +24,7 @@ from moyu_train.settings import Lora
 from moyu_train.settings import Penalty as PenaltySettings
 from moyu_train.sparsifiers.threshold import Threshold
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.head_control import HeadControl
 from moyu_train.training.launch import end_processes, whole_parameters
 from moyu_train.training.lora import adapt
 from moyu_train.training.trainer import SparsityTrainer
@@ -50,11 +52,12 @@ VARIANTS = {  # processes, sequences per process and micro-batch, micro-batches 
     "zero3": (2, 2, 2),
     "fsdp2": (2, 4, 1),
 }
-# The same with more at work: adapters alone train, thresholds move, predictors select, or texts are padded on the left.
+# The same with more at work: adapters alone train, thresholds move, predictors select, heads are off, padding is left.
 MODES = {
     "lora": ("8x1", "ddp-1x4", "zero3"),
     "moving": ("8x1", "ddp-1x4"),
     "predicted": ("8x1", "ddp-1x4"),
+    "heads": ("8x1", "checkpointing", "ddp-1x4", "zero3"),
     "left": ("8x1",),
 }
 VARIANTS |= {f"{mode}_{variant}": VARIANTS[variant] for mode, variants in MODES.items() for variant in variants}
@@ -210,6 +213,17 @@ def predictors() -> list[dict[str, Tensor]]:
     ]
 
 
+def routers() -> HeadRouters:
+    """Random ones of both layers, of which each token runs two of four heads."""
+    generator = torch.Generator().manual_seed(3)
+    by_path = {}
+    for layer in range(2):
+        weight = torch.randint(-127, 128, (4, 32), generator=generator, dtype=torch.int8)
+        scale, bias = torch.full((4,), 1e-2), torch.rand(4, generator=generator)
+        by_path[f"model.layers.{layer}.self_attn"] = {"weight": weight, "scale": scale, "bias": bias}
+    return HeadRouters("head", 2, "o_proj", by_path)
+
+
 def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradients]:
     _, batch, accumulation = VARIANTS[variant]
     mode, _, variant = variant.rpartition("_")
@@ -240,6 +254,8 @@ def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradie
     seen = Gradients()
     selected = predictors() if mode == "predicted" else None
     sparsity = SparsityControl(model, rule, 0.5, predictors=selected, penalty=penalty)
+    if mode == "heads":
+        HeadControl(model, routers())
     trainer = SparsityTrainer(
         model=adapted(model) if mode == "lora" else model,
         args=arguments,

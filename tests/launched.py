@@ -4,9 +4,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import contract
 import pytest
@@ -85,6 +86,9 @@ def reference(mode: str = "") -> tuple[Gradients, Gradients]:
     for layer, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda _, args, layer=layer: inputs.update({layer: args[0].detach()}))
         Seam(block, "down_proj", partial(mask, layer))
+    if mode == "heads":
+        for layer, router in zip(model.model.layers, contract.routers().routers.values(), strict=True):
+            mask_heads(layer.self_attn, router)
     tokens, scored, loss, penalty = 0, 0, torch.zeros(()), torch.zeros(())
     for index, ids in enumerate(texts.ids):
         labels = texts[index]["labels"][: len(ids)]
@@ -104,6 +108,20 @@ def reference(mode: str = "") -> tuple[Gradients, Gradients]:
     both = torch.autograd.grad(loss / scored + penalty, parameters)
     zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(alone, parameters, strict=True)]
     return dict(zip(names, both, strict=True)), dict(zip(names, zeros, strict=True))
+
+
+def mask_heads(attention: Any, router: Mapping[str, Tensor]) -> None:
+    """Two of four heads, those of the largest scores, hook by hook."""
+    off: list[Tensor] = []
+
+    def choose(_: Any, args: tuple[Tensor]) -> None:
+        score = router["scale"] * (args[0].detach() @ router["weight"].float().T) + router["bias"]
+        off[:] = [score < score.sort(-1).values[..., 2:3]]
+
+    attention.q_proj.register_forward_pre_hook(choose)
+    attention.o_proj.register_forward_pre_hook(
+        lambda _, args: (args[0].masked_fill(off[0].repeat_interleave(8, -1), 0),)
+    )
 
 
 def marked(variants: list[str]) -> list:

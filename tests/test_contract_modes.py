@@ -34,6 +34,10 @@ def test_runs_end_at_the_same_weights(launch: Callable, variant: str) -> None:
     torch.testing.assert_close(second.losses, first.losses, rtol=1e-4, atol=0)
 
 
+def test_heads_that_are_off_weigh_in() -> None:
+    assert distance(reference("heads")[0], reference()[0]) > 0.1
+
+
 def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
     one = launch("moving_8x1").thresholds
     for variant in contract.MODES["moving"]:

@@ -95,7 +95,7 @@ def test_a_run_evaluates_its_heads_in_the_loop(finished: Path, capsys: pytest.Ca
 
 def test_routers_are_fitted_under_the_masks_of_the_tuned_model(finished: Path, tmp_path: Path) -> None:
     run = Run(load_recipe(str(finished / "r.yaml")))
-    routers = head_routers(run)
+    routers = head_routers(run, "refit-heads")
     assert routers is not None
     assert list(routers.routers) == ["model.layers.1.self_attn"]
     model = load_dense(run.stage_folder("finetune") / "model")
@@ -158,17 +158,76 @@ def test_stages_are_reused_and_keep_only_counts_where_it_matters(finished: Path)
     recipe = load_recipe(str(finished / "r.yaml"))
     run = Run(recipe)
     assert all(run.finished(name) for name in run.stages)
-    assert "fit-heads" in run.stages
+    assert "refit-heads" in run.stages
     other = Run(load_recipe(str(finished / "r.yaml"), ["--heads.keep", "0.75"]))
     stale = [name for name in other.stages if not other.finished(name)]
     assert stale == ["recalibrate", "export", "verify", "evaluate", "report"]
     other = Run(load_recipe(str(finished / "r.yaml"), ["--heads.unit", "group"]))
-    assert next(name for name in other.stages if not other.finished(name)) == "fit-heads"
+    assert next(name for name in other.stages if not other.finished(name)) == "refit-heads"
     without = Run(load_recipe(str(finished / "r.yaml"), ["--heads.keep", "null"]))
-    assert "fit-heads" not in without.stages
+    assert "refit-heads" not in without.stages
     assert without.needs("export") == ["recalibrate", "finetune"]
-    with pytest.raises(MoyuError, match=r"not part of this recipe, which has heads\.keep: null"):
-        run_stage(without, "fit-heads")
+    with pytest.raises(MoyuError, match=r"not part of this recipe without heads\.keep"):
+        run_stage(without, "refit-heads")
+
+
+def test_fine_tuning_runs_with_heads_off_and_its_parent_with_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_in(tmp_path, heads={"train": True}) | {"predictor": None}
+    for parent in ("", "shared"):
+        lora = {"lora": {"rank": 2}, "parent": parent} if parent else {}
+        more = {"run": str(tmp_path / f"run{parent}"), "finetune": settings["finetune"] | lora}
+        run = Run(Recipe.model_validate(settings | more))
+        assert run.needs("finetune") == ["calibrate", "fit-heads"]
+        for name in ("calibrate", "fit-heads"):
+            run_stage(run, name)
+        model = run.dense()
+        dense = logits_of(model, IDS)
+        rules = stages.sparsifier_of(run.recipe, stages.read(run.stage_folder("calibrate"))[0]).rules
+        with SparseMasks(model, rules, None), HeadMasks.of(model, head_routers(run, "fit-heads")):
+            masked = logits_of(model, IDS)
+
+        class Seen(Exception):
+            """Enough was seen."""
+
+        def look(self: Any, *_: Any, dense: Any = dense, masked: Any = masked, **__: Any) -> None:
+            with torch.no_grad():
+                torch.testing.assert_close(self.parent(input_ids=IDS, use_cache=False).logits, dense)
+                torch.testing.assert_close(logits_of(self.model, IDS), masked, rtol=1e-4, atol=1e-4)
+            raise Seen
+
+        with monkeypatch.context() as patch:
+            patch.setattr("moyu_train.training.finetune.SparsityTrainer.train", look)
+            with pytest.raises(Seen):
+                run_stage(run, "finetune")
+    assert not torch.allclose(masked, dense, rtol=1e-2, atol=1e-2)
+
+
+def test_a_run_that_trains_with_heads_off(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, heads={"train": True}) | {"predictor": None}
+    settings["finetune"] |= {"lora": {"rank": 2, "alpha": 4}}
+    run = Run(Recipe.model_validate(settings))
+    for name in ("calibrate", "fit-heads", "finetune", "refit-heads", "export", "verify"):
+        run_stage(run, name)
+    before, after = (head_routers(run, stage) for stage in ("fit-heads", "refit-heads"))
+    path = "model.layers.1.self_attn"
+    assert not torch.equal(before.routers[path]["bias"], after.routers[path]["bias"])
+    found = run_stage(run, "evaluate")
+    model, thresholds = run.dense(), stages.read(run.stage_folder("calibrate"))[0]
+    with SparseMasks(model, stages.sparsifier_of(run.recipe, thresholds).rules, None), HeadMasks.of(model, before):
+        untouched = score(model, run.test, 64, "untouched").perplexity
+    assert found["ppl"]["untouched"] == pytest.approx(untouched, rel=1e-6)
+    delta = {"delta": str(run.stage_folder("finetune") / "delta"), "run": str(tmp_path / "again")}
+    other = Run(Recipe.model_validate(settings | delta | {"heads": settings["heads"] | {"keep": 0.75}}))
+    for name in ("calibrate", "fit-heads"):
+        run_stage(other, name)
+    with pytest.raises(MoyuError, match="was trained under"):
+        run_stage(other, "finetune")
+    plain = Run(Recipe.model_validate(settings | {"heads": settings["heads"] | {"train": False}}))
+    stale = [name for name in plain.stages if not plain.finished(name)]
+    assert "calibrate" not in stale
+    assert {"finetune", "refit-heads", "export", "evaluate"} <= set(stale)
 
 
 def test_an_interrupted_fit_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +238,7 @@ def test_an_interrupted_fit_goes_on(finished: Path, tmp_path: Path, monkeypatch:
     for run in (whole, broken):
         shutil.copytree(finished / "run" / "finetune", run.folder / "finetune", dirs_exist_ok=True)
         monkeypatch.setattr(run, "figures", lambda name: {})
-    expected = run_stage(whole, "fit-heads")
+    expected = run_stage(whole, "refit-heads")
     stock = stages.fit_under
 
     def breaks(model: Any, *arguments: Any) -> Any:
@@ -193,10 +252,10 @@ def test_an_interrupted_fit_goes_on(finished: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(stages, "fit_under", breaks)
     with pytest.raises(KeyboardInterrupt):
-        run_stage(broken, "fit-heads")
-    assert run_stage(broken, "fit-heads") == expected
+        run_stage(broken, "refit-heads")
+    assert run_stage(broken, "refit-heads") == expected
     assert len(seen) == 10 + 32 - 8  # of 32 windows 8 were kept
-    one, two = (head_routers(run) for run in (whole, broken))
+    one, two = (head_routers(run, "refit-heads") for run in (whole, broken))
     for path, router in one.routers.items():
         torch.testing.assert_close(dict(two.routers[path]), dict(router), rtol=1e-4, atol=1e-5)
 
@@ -223,7 +282,7 @@ def test_weights_that_were_changed_get_routers_again(finished: Path, tmp_path: P
 def test_without_a_predictor_heads_are_predicted_all_the_same(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, heads={"unit": "group"}) | {"predictor": None}
     run = Run(Recipe.model_validate(settings))
-    for name in ("calibrate", "finetune", "fit-heads", "export", "verify"):
+    for name in ("calibrate", "finetune", "refit-heads", "export", "verify"):
         run_stage(run, name)
     found = run_stage(run, "evaluate")
     assert found["ppl"]["all_heads"] == found["ppl"]["rule"] != found["ppl"]["sparse"]
@@ -231,9 +290,22 @@ def test_without_a_predictor_heads_are_predicted_all_the_same(tmp_path: Path) ->
     assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
 
 
+def test_heads_are_decoded_beside_an_ffn_without_an_op(tmp_path: Path) -> None:
+    run = Run(Recipe.model_validate(settings_in(tmp_path, "opt") | {"predictor": None}))
+    for name in ("calibrate", "finetune", "refit-heads", "export", "verify"):
+        run_stage(run, name)
+    found = run_stage(run, "evaluate")
+    assert found["simulated"]
+    assert found["heads"]["weights_skipped"] > 0
+    assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
+    query = moyu_kernels.from_pretrained(run.stage_folder("export") / "checkpoint").model.decoder.layers[1].self_attn
+    assert isinstance(query.q_proj, HeadQuery)
+    assert query.q_proj.bias is not None
+
+
 def test_routers_of_other_weights_are_not_exported(tmp_path: Path) -> None:
     run = Run(Recipe.model_validate(settings_in(tmp_path) | {"predictor": None}))
-    for name in ("calibrate", "finetune", "fit-heads"):
+    for name in ("calibrate", "finetune", "refit-heads"):
         run_stage(run, name)
     folder = run.stage_folder("finetune") / "model"
     model = load_dense(folder)
@@ -248,6 +320,7 @@ def test_routers_of_other_weights_are_not_exported(tmp_path: Path) -> None:
     ("family", "more", "message"),
     [
         ("llama", {"heads": {"keep": 0.95}}, "heads.keep 0.95 keeps 4 of the 4 heads of a layer"),
+        ("llama", {"heads": {"train": True}}, "heads.train runs fine-tuning with heads off, and heads.keep is null"),
         ("llama", {"heads": {"keep": 1.5}}, "heads.keep: Input should be less than 1"),
         ("llama", {"heads": {"keep": 0.5, "dense_layers": [0, 1]}}, "at least one has to be sparse"),
         ("gpt2", {}, "heads: no op can skip the heads of transformer.h.1.attn"),

@@ -178,6 +178,7 @@ def test_states_that_do_not_fit_the_model(good: Path, tmp_path: Path, tensors: d
             "architectures",
             "inputs",
             "predictor",
+            "heads",
             "format_version",
         )
     ),

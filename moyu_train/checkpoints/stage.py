@@ -49,11 +49,11 @@ def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     family = family_of(predictors)
     about = recorded(run.recipe, run.figures("recalibrate")) if family else None
     inputs = input_rules(run, "finetune")
-    weights, heads = run.recipe.export.weights, head_routers(run)
-    if heads and attention_sha256(model, heads.routers) != run.figures("fit-heads")["attention_sha256"]:
+    weights, heads = run.recipe.export.weights, head_routers(run, "refit-heads")
+    if heads and attention_sha256(model, heads.routers) != run.figures("refit-heads")["attention_sha256"]:
         raise MoyuError(
-            f"the routers in {str(run.stage_folder('fit-heads'))!r} were fitted for other weights; delete that folder "
-            "and run `moyu fit-heads` again"
+            f"the routers in {str(run.stage_folder('refit-heads'))!r} were fitted for other weights; delete that "
+            "folder and run `moyu refit-heads` again"
         )
     export(model, run.tokenizer, folder / CHECKPOINT, name, rules, predictors, family, about, inputs, weights, heads)
     stock = bool(rules[0].stock_activation and not inputs and weights == "stored")

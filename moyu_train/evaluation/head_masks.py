@@ -16,7 +16,7 @@ from moyu_train.evaluation.inloop import line_bytes
 from moyu_train.models.heads import Attention, contributions, find_attention
 from moyu_train.models.masking import Masking
 from moyu_train.models.state import stored_bytes
-from moyu_train.training.heads import scores
+from moyu_train.training.heads import most, scores
 
 
 @dataclass
@@ -149,12 +149,6 @@ class HeadMasks:
             **self.skipped(others, itemsize, context),
             **self.quality(),
         }
-
-
-def most(values: Tensor, keep: int) -> Tensor:
-    """Mask of the `keep` largest of each row of `[..., U]`; of equals the first ones."""
-    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def dense_bytes(attentions: list[Attention], itemsize: int, context: int, batch: int) -> tuple[int, int]:

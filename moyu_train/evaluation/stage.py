@@ -25,6 +25,7 @@ from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.evaluation.through_kernels import through_kernels
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
+from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -79,9 +80,9 @@ def evaluate_checkpoint(
         with SparseMasks(model, rules, None, inputs=inputs) as rule:
             figures["rule"] = score(model, documents, window, "evaluate: rule mask")
         figures["rule_neurons_off"] = rule.neurons_off()
-    if kernel_tokens and not simulated:
+    if kernel_tokens and (heads or not simulated):  # a simulated FFN decodes under its exact rule
         few = documents.windows(min(kernel_tokens, window))[0][1]
-        figures["kernels"] = through_kernels(folder, model, few)
+        figures["kernels"] = through_kernels(folder, model, few, predicted=not simulated)
     return figures
 
 
@@ -101,7 +102,8 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
         rounded["dense_int8"] = score(round_ffn(model), documents, window, "evaluate: dense, int8 FFN weights")
     thresholds, predictors = read(run.before("finetune"))
     rules = sparsifier_of(run.recipe, thresholds).rules
-    with SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
+    start = HeadMasks.of(model, head_routers(run, "fit-heads"))
+    with start, SparseMasks(model, rules, predictors, inputs=input_rules(run, "calibrate")) as masks:
         untouched = score(model, documents, window, "evaluate: untouched model, same pipeline")
     itemsize = weight_itemsize(checkpoint)
     variants: dict[str, Scores] = {"dense": dense}

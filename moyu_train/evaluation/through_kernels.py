@@ -28,10 +28,10 @@ STANDARD_ERRORS = 3.0  # of the mean difference of a token's loss, which chance 
 REPLAYED = 64  # tokens that each block is given again
 
 
-def through_kernels(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
+def through_kernels(folder: Path, model: Any, ids: Tensor, predicted: bool = True) -> dict[str, Any]:
     """Decode `ids` `[T]` one by one, in fp32 and as stored, and compare with the masked path in fp32.
 
-    model: the stock model with the checkpoint's weights.
+    model: the stock model with the checkpoint's weights; predicted: False for predictors that no op computes.
 
     Returns: `perplexity` as stored, since rounding moves activations over thresholds, `fp32_perplexity`,
         `masked_perplexity`, `tokens`; with predictors `blocks`, as of `replay`, else None.
@@ -40,6 +40,7 @@ def through_kernels(folder: Path, model: Any, ids: Tensor) -> dict[str, Any]:
     """
     rules, predictors = read_state(folder)
     inputs, heads = read_inputs(folder), read_heads(folder)
+    predictors = predictors if predicted else None
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks, HeadMasks.of(model, heads):
         masked = masked_losses(model, ids)
         parts = parts_of(masks.blocks) if predictors else []

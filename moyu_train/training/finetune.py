@@ -30,6 +30,8 @@ from moyu_train.settings import Optimise
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
+from moyu_train.training.head_control import HeadControl
+from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge, quantise
@@ -76,6 +78,7 @@ def train(
     sparsity: SparsityControl | None,
     model: Any,
     inputs: InputControl | None = None,
+    heads: HeadControl | None = None,
 ) -> tuple[Any, list[dict[str, float]], dict[str, Any]]:
     """Fine-tune `model`, resuming from the last complete checkpoint.
 
@@ -120,7 +123,7 @@ def train(
         freeze_embeddings(model)
     adapted = adapt(model, settings.lora) if settings.lora else model
     if distils and settings.parent == SHARED:
-        parent = SharedParent(adapted, [control for control in (sparsity, inputs) if control])
+        parent = SharedParent(adapted, [control for control in (sparsity, inputs, heads) if control])
     coefficients: Callable[[float], float] | None = None
     if penalty:
         adaptive = sparsity.adaptive if sparsity else None
@@ -187,6 +190,8 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
     if recipe.finetune.lora and recipe.finetune.lora.quantise:
         found["quantise"] = recipe.finetune.lora.quantise
+    if recipe.heads.train:
+        found["heads"] = recipe.heads.model_dump(mode="json", include={"keep", "unit", "dense_layers"})
     return found | ({"inputs": recipe.inputs.model_dump(mode="json")} if recipe.inputs else {})
 
 
@@ -239,7 +244,8 @@ def sparsity_on(
 def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     """Fine-tune under the very mask that the export decodes with: the rule and the predictors together.
 
-    The rule is held at its density by the controller; the predictors stay, and the model learns to live with them.
+    The rule is held at its density by the controller; the predictors stay, and the model learns to live with them, as
+    with the routers of heads, where `heads.train` puts these on too.
     """
     recipe, settings = run.recipe, run.recipe.finetune
     check_memory_of(run, parent=needs_parent(recipe))
@@ -247,16 +253,18 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]
     sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors, targets)
-    inputs = inputs_on(run, model)
+    inputs, routers = inputs_on(run, model), head_routers(run, "fit-heads")
+    heads = HeadControl(model, routers) if routers else None
     if recipe.delta:
         model, tokens, ran = _rebuild(run, Path(recipe.delta), model, sparsity, inputs)
         log: list[dict[str, float]] = []
     else:
-        model, log, ran = train(run, folder, settings, learning_rate(run), sparsity, model, inputs)
+        model, log, ran = train(run, folder, settings, learning_rate(run), sparsity, model, inputs, heads)
         tokens = len(log) * settings.tokens_per_step * PartialState().num_processes
     sparsity.remove()
-    if inputs:
-        inputs.remove()
+    for control in (inputs, heads):
+        if control:
+            control.remove()
     write_inputs(folder, thresholds_of(inputs))
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

@@ -28,7 +28,7 @@ from moyu_train.training.fit import PredictorTrainer, fit_windows
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
-FILE = "heads.safetensors"  # routers by their attention's path, in the folder of fit-heads
+FILE = "heads.safetensors"  # routers by their attention's path, in the folders of fit-heads and refit-heads
 Routers = list[dict[str, Tensor]]  # storage form, one a layer
 
 
@@ -58,6 +58,12 @@ def scores(x: Tensor, router: Mapping[str, Tensor]) -> Tensor:
     """A router's score of each unit, fp32 `[..., U]`, of an attention's input x `[..., D]`."""
     weight, scale, bias = (router[name].to(x.device) for name in ("weight", "scale", "bias"))
     return functional.linear(x.float(), weight.float()) * scale + bias
+
+
+def most(values: Tensor, keep: int) -> Tensor:
+    """Mask of the `keep` largest of each row of `[..., U]`; of equals the first ones."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True)
 
 
 class RouterTrainer(PredictorTrainer):
@@ -140,15 +146,16 @@ def write_routers(folder: Path, attentions: list[Attention], routers: Routers) -
         save_file(tensors, folder / FILE)
 
 
-def head_routers(run: "Run") -> HeadRouters | None:
-    """What `fit-heads` left, with the units that the recipe keeps; none without `heads.keep`."""
+def head_routers(run: "Run", stage: str) -> HeadRouters | None:
+    """What fit-heads or refit-heads left, with the units that the recipe keeps; none where it has no such stage."""
     settings = run.recipe.heads
-    if settings.keep is None:
+    if stage not in run.stages:
         return None
-    tensors = read_tensors(run.stage_folder("fit-heads") / FILE)
+    assert settings.keep is not None
+    tensors = read_tensors(run.stage_folder(stage) / FILE)
     attentions = sparse_attentions(find_attention(run.skeleton), settings)
     parts = ("weight", "scale", "bias")
-    with reading(run.stage_folder("fit-heads") / FILE):
+    with reading(run.stage_folder(stage) / FILE):
         routers = {a.block.path: {part: tensors[f"{a.block.path}.{part}"] for part in parts} for a in attentions}
     keep = round(settings.keep * attentions[0].units(settings.unit))
     return HeadRouters(settings.unit, keep, attentions[0].block.down, routers)

@@ -10,6 +10,7 @@ from typing import Any
 from moyu_train.errors import MoyuError
 from moyu_train.recipe import SHARED
 from moyu_train.training.control import SparsityControl
+from moyu_train.training.head_control import HeadControl
 from moyu_train.training.launch import asked_engine
 
 
@@ -30,7 +31,7 @@ class SharedParent:
         controls: whose masks are lifted for the while.
     """
 
-    def __init__(self, adapted: Any, controls: Sequence[SparsityControl]) -> None:
+    def __init__(self, adapted: Any, controls: Sequence[SparsityControl | HeadControl]) -> None:
         self.adapted, self.controls = adapted, controls
 
     def __call__(self, **tensors: Any) -> Any:

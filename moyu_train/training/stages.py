@@ -100,11 +100,21 @@ def refit_predictors(run: "Run", folder: Path) -> dict[str, Any]:
 
 
 def fit_heads(run: "Run", folder: Path) -> dict[str, Any]:
-    """Routers of attention heads on the fine-tuned model, under its rule's exact masks."""
-    recipe, model = run.recipe, _finetuned(run)
-    rules = sparsifier_of(recipe, read(run.stage_folder("finetune"))[0]).rules
+    """Routers of attention heads that fine-tuning runs under, on the dense model under the rule's exact masks."""
+    return _fit_heads(run, folder, "calibrate", run.dense())
+
+
+def refit_heads(run: "Run", folder: Path) -> dict[str, Any]:
+    """Routers that are exported, on the fine-tuned model under its rule's exact masks, with all heads."""
+    return _fit_heads(run, folder, "finetune", _finetuned(run))
+
+
+def _fit_heads(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
+    """source: the stage that has the rules."""
+    recipe = run.recipe
+    rules = sparsifier_of(recipe, read(run.stage_folder(source))[0]).rules
     attentions, windows = sparse_attentions(find_attention(model), recipe.heads), fit_windows(recipe, run.train)
-    inputs, unit = input_rules(run, "finetune"), recipe.heads.unit
+    inputs, unit = input_rules(run, source), recipe.heads.unit
     routers = fit_under(model, rules, inputs, attentions, unit, windows, folder, recipe.fit.save_every)
     write_routers(folder, attentions, routers)
     paths, dtype = [attention.block.path for attention in attentions], getattr(torch, recipe.export.dtype)
@@ -154,7 +164,7 @@ def recalibrate(run: "Run", folder: Path) -> dict[str, Any]:
     """Cuts again, with the fine-tuned model in the loop."""
     model = _finetuned(run)
     _check_weights(run, "refit-predictors", model)
-    return _in_loop(run, folder, "refit-predictors", "finetune", model, head_routers(run))
+    return _in_loop(run, folder, "refit-predictors", "finetune", model, head_routers(run, "refit-heads"))
 
 
 def _check_weights(run: "Run", stage: str, model: Any) -> None:
