@@ -290,17 +290,18 @@ def test_without_a_predictor_heads_are_predicted_all_the_same(tmp_path: Path) ->
     assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
 
 
-def test_heads_are_decoded_beside_an_ffn_without_an_op(tmp_path: Path) -> None:
-    run = Run(Recipe.model_validate(settings_in(tmp_path, "opt") | {"predictor": None}))
+@pytest.mark.parametrize(("family", "simulated"), [("mixtral", True), ("opt", False)])
+def test_heads_are_decoded_beside_ffns_of_other_layouts(tmp_path: Path, family: str, simulated: bool) -> None:
+    run = Run(Recipe.model_validate(settings_in(tmp_path, family) | {"predictor": None}))
     for name in ("calibrate", "finetune", "refit-heads", "export", "verify"):
         run_stage(run, name)
     found = run_stage(run, "evaluate")
-    assert found["simulated"]
+    assert found["simulated"] == simulated
     assert found["heads"]["weights_skipped"] > 0
     assert found["kernels"]["fp32_perplexity"] == pytest.approx(found["kernels"]["masked_perplexity"], rel=1e-3)
-    query = moyu_kernels.from_pretrained(run.stage_folder("export") / "checkpoint").model.decoder.layers[1].self_attn
-    assert isinstance(query.q_proj, HeadQuery)
-    assert query.q_proj.bias is not None
+    model = moyu_kernels.from_pretrained(run.stage_folder("export") / "checkpoint")
+    (query,) = [module for module in model.modules() if isinstance(module, HeadQuery)]
+    assert (query.bias is not None) == (family == "opt")
 
 
 def test_routers_of_other_weights_are_not_exported(tmp_path: Path) -> None:
