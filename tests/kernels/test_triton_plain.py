@@ -58,16 +58,12 @@ def test_activations(act: str) -> None:
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
-        (1, (1, 1, 1)),
-        (1, (40, 1100, 3)),  # two blocks a chain
+        (1, (1, 2, 1)),
         (2, (1030, 33, 130)),  # several steps over D, several tiles of columns
-        (1, (24, 4100, 5)),  # four larger blocks a chain, five programs a tile
     ],
 )
 def test_sizes(n: int, sizes: tuple[int, int, int]) -> None:
-    for family in ("lowrank", "lowbit_up"):
-        arguments = plain_arguments(n, torch.float32, sizes=sizes, family=family if sizes[1] > 1 else None)
-        check(arguments)
+    check(plain_arguments(n, torch.float32, sizes=sizes, family="lowrank"))
 
 
 @interpreted
@@ -87,9 +83,9 @@ def test_nothing_and_everything_is_kept() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("family", [None, "lowrank", "lowbit_up"])
+@pytest.mark.parametrize("family", [None, "lowbit_up"])
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(family: str | None) -> None:
-    x, *rest = plain_arguments(8, torch.float32, family=family)
+    x, *rest = plain_arguments(8, torch.float32, sizes=(65, 97, 17), family=family)
     y, counts = run([x, *rest])
     assert torch.equal(run([x, *rest])[0], y)
     for row in (0, 6):
