@@ -65,7 +65,8 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for batch, masks in ((1, "independent"), (4, "independent"), (4, "identical"))
     }
     for row in rows:
-        size = (1 if "linear" in row["op"] else 3) * 64 * 192 * (4 if row["dtype"] == "float32" else 2)
+        matrices = 1 if "linear" in row["op"] else 2 if row["op"].startswith("plain") else 3
+        size = matrices * 64 * 192 * (4 if row["dtype"] == "float32" else 2)
         size *= 3 if row["op"] == "ffn_linears" else 1
         assert row["limit_speedup"] == pytest.approx(size / row["bytes"], rel=2e-3)
         if row["density"] == 1.0:
@@ -76,6 +77,11 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row["bytes"] == pytest.approx(size * (2 + row["union_density"]) / 3 + 4 * 192, rel=2e-3)
         elif row["op"] == "sparse_linear":
             assert row["bytes"] == pytest.approx(size * row["union_density"] + 4 * 64, rel=2e-3)
+        elif row["op"] == "plain_threshold":
+            assert row["bytes"] == pytest.approx(size * (1 + row["union_density"]) / 2 + 4 * 192, rel=2e-3)
+        elif row["op"] == "plain_lowbit_up":
+            predictor = 192 * 16 + 3 * 4 * 192
+            assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=2e-3)
         elif row["op"] == "ffn_lowbit":
             predictor = 2 * 192 * 16 + 4 * 4 * 192
             assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=2e-3)
@@ -85,17 +91,20 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert row["union_density"] > row["density"]
     sparse = [row for row in rows if row["density"] < 1]
     names = {row["op"].removeprefix("ffn_") for row in sparse}
-    assert names == {*bench_cases.RULES, *bench_cases.FAMILIES, "sparse_linear"}
+    plain = {"plain_threshold", "plain_lowbit_up"}
+    assert names == {*bench_cases.RULES, *bench_cases.FAMILIES, *plain, "sparse_linear"}
     assert all(min(abs(row["density"] - d) for d in (0.1, 0.5)) < 0.01 for row in sparse)
     assert "D 64, F 192, bfloat16, batch 4" in capsys.readouterr().out
 
 
 def test_the_timed_calls_skip_what_the_rows_say() -> None:
     """The ops' own counts on the inputs of a case, against what its bytes are computed from."""
+    assert bench_ops.cpu.load()
     x = torch.randn(bench_cases.INPUTS * 3, 64, generator=torch.Generator().manual_seed(0))
     weights = bench_cases.Weights(TINY, torch.float32)
     case = bench_cases.Case(weights, x, 0.2, (1,))
-    for setting in case.sparse():
+    plain = case.plain()[1]
+    for setting in (*case.sparse(), *plain):
         counts = torch.cat([setting.call(weights.count - 1, i)[1] for i in range(bench_cases.INPUTS)])
         assert (counts[:, 1] / 192).mean() == pytest.approx(setting.density, abs=2e-3)
         assert setting.density == pytest.approx(0.2, abs=5e-3)
@@ -107,6 +116,10 @@ def test_the_timed_calls_skip_what_the_rows_say() -> None:
     expected, _ = naive.gated_ffn(x, *weights[0], torch.zeros(192), "silu", [])
     y, _ = case.dense()[-1].call(0, 0)
     torch.testing.assert_close(y, expected)
+    torch_dense, our_dense = (setting.call(0, 0) for setting in case.plain()[0])
+    up, _, down = weights[0]
+    torch.testing.assert_close(our_dense[0], naive.plain_ffn(x, up, down, torch.zeros(192), "silu", [])[0])
+    torch.testing.assert_close(torch_dense, torch.nn.functional.silu(x @ up.T) @ down.view(64, 192).T)
 
 
 def test_int8_cases() -> None:
@@ -131,6 +144,7 @@ def test_int8_cases() -> None:
     (torch_linear, our_linear), none = case.linear()
     torch.testing.assert_close(torch_linear.call(0, 0), our_linear.call(0, 0), rtol=5e-2, atol=5e-2)
     assert none == []
+    assert case.plain() == ([], [])
 
 
 def test_model_of_a_shape_in_int8(tmp_path: Path) -> None:

@@ -313,10 +313,12 @@ def test_step_cost_compares_with_the_plain_trainer(tmp_path: Path) -> None:
 
 
 def test_blocks_without_a_kernel_train_and_are_called_simulated(tmp_path: Path) -> None:
-    recipe = prepare(tmp_path, "gpt2")
+    recipe = prepare(tmp_path, "mixtral")
     for left in (["--bench", "null"], ["--predictor", "null"]):
         error = moyu("run", str(recipe), "--sparsifier", "{name: topk}", *left, code=1).stderr
-        assert "the kernels cannot skip anything in transformer.h.0.mlp, since layout 'plain' has no op" in error
+        assert (
+            "the kernels cannot skip anything in model.layers.0.mlp.experts, since layout 'experts' has no op" in error
+        )
     options = ["--sparsifier", "{name: topk}", "--predictor", "null", "--bench", "null"]
     out = moyu("run", str(recipe), *options)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -336,6 +338,17 @@ def test_blocks_without_a_kernel_train_and_are_called_simulated(tmp_path: Path) 
     assert row["ppl_over_dense"] == pytest.approx(result["ppl"]["sparse"] / result["ppl"]["dense"])
     assert "has no finished stage 'finetune'" in moyu("collect", str(tmp_path), code=1).stderr
     assert out.returncode == 0
+
+
+def test_a_plain_ffn_goes_all_the_way(tmp_path: Path) -> None:
+    """Predictors of up alone, kernels in the loop, speed; GPT-2's weights are stored transposed."""
+    moyu("run", str(prepare(tmp_path, "gpt2")))
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["mask_path"].startswith("through moyu_kernels")
+    assert 0 < result["bytes_skipped"] < 1
+    assert result["decode_tokens_per_second"]["sparse"] > 0
+    config = json.loads((tmp_path / "run" / "export" / "checkpoint" / "config.json").read_text())
+    assert config["moyu"]["predictor"]["family"] == "lowbit_up"
 
 
 def test_a_delta_rebuilds_the_model_and_a_control_is_reused(tmp_path: Path) -> None:

@@ -146,6 +146,44 @@ class Case:
             predictor[-1] -= level
             yield self._setting(f"ffn_{family}", scores > level, torch.zeros(self.f), predictor, "threshold")
 
+    def plain(self) -> tuple[list[Setting], list[Setting]]:
+        """A plain FFN dense, by PyTorch and by the op that keeps all, and beside it the op under a threshold and with a
+        predictor; not in int8, which it does not take. Its up is gate."""
+        if self.weights.scales is not None:
+            return [], []
+        silu, zero = naive.ACTIVATIONS["silu"], torch.zeros(self.f)
+
+        def torch_linears(copy: int, i: int) -> Tensor:
+            up, _, down = self.weights[copy]
+            return functional.linear(silu(functional.linear(self.calls[i], up)), down.view(self.d, self.f))
+
+        dense = [float(self.weights.bytes // 3 * 2)] * INPUTS
+        kinds = (("torch", torch_linears), ("cpu", self._plain_call(zero, [])))
+        rivals = [Setting("plain_dense", backend, n, call, dense) for backend, call in kinds for n in self.threads]
+        sparse = []
+        for family in (None, "lowbit_up"):
+            predictor = random_predictor(family, self.d, self.f, self.itemsize) if family else []
+            ranked = naive.predictor_scores(self.x, predictor, silu) if family else silu(self.g).abs()
+            kept = ranked > (level := _level(ranked, self.density))
+            threshold = zero if family else torch.full((self.f,), level)
+            if family:
+                predictor[-1] -= level
+            union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
+            selected = union if family else torch.full_like(union, self.f)
+            constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor))
+            moved = (self.row * (selected + union).double() + constant).tolist()
+            call = self._plain_call(threshold, predictor)
+            shares = kept.float().mean().item(), (union / self.f).mean().item()
+            sparse.append(Setting(f"plain_{family or 'threshold'}", "cpu", max(self.threads), call, moved, *shares))
+        return rivals, sparse
+
+    def _plain_call(self, threshold: Tensor, predictor: list[Tensor]) -> Callable[[int, int], Any]:
+        def call(copy: int, i: int) -> Any:
+            up, _, down = self.weights[copy]
+            return torch.ops.moyu.plain_ffn.default(self.calls[i], up, down, threshold, "silu", predictor)
+
+        return call
+
     def linear(self) -> tuple[list[Setting], list[Setting]]:
         """Dense linear layers, and beside them one with sparse inputs, but not in int8, which it does not take.
 
@@ -221,6 +259,8 @@ def random_predictor(family: str, hidden: int, neurons: int, itemsize: int) -> l
         )
         s1, s2 = torch.full((rank,), 0.01 / hidden**0.5), torch.full((neurons,), 0.01 / rank**0.5)
         return [w1, s1, w2, s2, torch.zeros(neurons)]
-    size, scale = (neurons, -(-hidden // 4)), torch.full((neurons,), 0.5 / hidden**0.5)
-    gate, up = (torch.randint(0, 256, size, generator=generator, dtype=torch.uint8) for _ in range(2))
-    return [gate, scale, up, scale.clone(), torch.ones(neurons), torch.zeros(neurons)]
+    size, parts = (neurons, -(-hidden // 4)), list[Tensor]()
+    for _ in range(1 if family == "lowbit_up" else 2):
+        codes = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        parts += [codes, torch.full((neurons,), 0.5 / hidden**0.5)]
+    return [*parts, torch.ones(neurons), torch.zeros(neurons)]

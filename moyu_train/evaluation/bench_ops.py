@@ -94,7 +94,7 @@ def bench_ops(
             x = x.expand(INPUTS, batch, shape.hidden).reshape(-1, shape.hidden)
             x = x.to(torch.bfloat16 if dtype == torch.int8 else dtype)
             case = Case(weights, x, density, threads)
-            groups = (case.dense(), list(case.sparse())), case.linear()
+            groups = (case.dense(), list(case.sparse())), case.plain(), case.linear()
             settings = [setting for dense, sparse in groups for setting in dense + sparse]
             rates = time_settings(settings, weights.count, rounds, buffer, counter)
             for rivals, setting in [(dense, setting) for dense, sparse in groups for setting in dense + sparse]:

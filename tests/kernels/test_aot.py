@@ -11,7 +11,7 @@ import pytest
 import torch
 from moyu_kernels.ops.aot import Report, compile_launch
 from moyu_kernels.ops.ffn import naive, triton
-from predictors import KINDS, random_predictor
+from predictors import KINDS, PLAIN_KINDS, random_predictor
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -36,15 +36,20 @@ def compiled(
     dtype: torch.dtype = torch.bfloat16,
     act: str = "silu",
     family: str = "lowrank",
+    plain: bool = False,
 ) -> dict[str, tuple[Report, int]]:
-    """Name of each kernel of a call: its report, and the 16-byte weight loads that a thread has in flight."""
+    """Name of each kernel of a call: its report, and the 16-byte weight loads that a thread has in flight.
+
+    plain: a plain FFN, with biases.
+    """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     predictor = [part.to("meta") for part in random_predictor(family, d, f, r)] if r else []
-    weights = empty(f, d), empty(f, d), empty(f, d), empty(f, dtype=torch.float32)
-    launches, _, _ = triton.plan(empty(n, d), *weights, act, predictor, TARGETS[target])
+    fronts, down, threshold = [empty(f, d)] * (1 if plain else 2), empty(f, d), empty(f, dtype=torch.float32)
+    biases = (empty(f), empty(d)) if plain else (None, None)
+    launches, _, _ = triton.plan(empty(n, d), fronts, down, threshold, act, predictor, TARGETS[target], *biases)
     reports = {}
     for launch in launches:
         matrices = {"gate_up_kernel": 2}.get(launch.kernel.__name__, 1)
@@ -101,6 +106,29 @@ def test_a_given_mask_takes_no_kernel_of_its_own(target: str) -> None:
     for name, (report, loads) in reports.items():
         check_resources(target, report)
         check_loads(target, name, report, loads, narrow_loads=3)  # of the mask, once for each layout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_plain_ffn_has_as_many_loads_in_flight(target: str) -> None:
+    """Of one matrix in front, but twice as many rows of it."""
+    reports = compiled(target, family="lowbit_up", plain=True)
+    assert [*reports] == ["round_kernel", "gate_up_kernel", "down_kernel"]
+    for name, (report, loads) in reports.items():
+        check_resources(target, report)
+        check_loads(target, name, report, loads, narrow_loads=99)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", triton.DTYPES, ids=str)
+@pytest.mark.parametrize("family", [*PLAIN_KINDS, "given", None])
+@pytest.mark.parametrize("n", range(1, 9))
+@pytest.mark.parametrize("target", TARGETS)
+def test_plain_resources_and_loads_of_all_batches(target: str, n: int, family: str | None, dtype: torch.dtype) -> None:
+    rank = 128 if family else 0
+    reports = compiled(target, n, 2048, 8192, rank, dtype, family=family or "lowrank", plain=True)
+    for name, (report, loads) in reports.items():
+        check_resources(target, report)
+        check_loads(target, name, report, loads, narrow_loads=99)
 
 
 @pytest.mark.slow

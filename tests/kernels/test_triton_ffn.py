@@ -266,9 +266,10 @@ def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> 
             return call(*args, **(kwargs or {}))
 
     args = make(2, r=r, family=family)
+    fronts = (args.pop("gate"), args.pop("up"))
     torch.use_deterministic_algorithms(False)
     with Recorder():
-        plan, _, _ = triton.plan(**args, target=GPUTarget("cuda", 90, 32))
+        plan, _, _ = triton.plan(fronts=fronts, **args, target=GPUTarget("cuda", 90, 32))
     assert len(plan) == launches
     assert set(calls) == {"aten.empty.memory_format"}
 

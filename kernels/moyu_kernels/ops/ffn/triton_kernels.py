@@ -1,4 +1,4 @@
-"""Device code of the gated FFN with a dynamic mask; `triton.py` launches it.
+"""Device code of the gated or plain FFN with a dynamic mask; `triton.py` launches it.
 
 Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank; B blocks of at most 128 neurons, S chains
 of neighbouring blocks, C tiles of columns, all three fixed by the shape of the weights.
@@ -19,7 +19,7 @@ from .triton_select import activate, halves, select_lowbit, select_lowrank, zero
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, gate_ptr, up_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
+    x_ptr, gate_ptr, up_ptr, shift_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     mask_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
@@ -27,7 +27,8 @@ def gate_up_kernel(
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
-    x `[N, D]`; gate, up `[F, D]`; threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
+    x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None;
+    threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
     `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
     `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8,
     bit n for row n.
@@ -47,7 +48,7 @@ def gate_up_kernel(
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
-            bias_ptr, f, F, R, PLANES, ACT, N, BLOCK, 8192 // (BLOCK * PLANES),
+            bias_ptr, shift_ptr, f, F, R, PLANES, ACT, N, BLOCK, 8192 // (BLOCK * PLANES),
         )  # fmt: skip
     elif mask_ptr is not None:
         wanted = tl.load(mask_ptr + f, mask=f < F, other=0).to(tl.int32) & ((1 << N) - 1)
@@ -70,35 +71,45 @@ def gate_up_kernel(
         gate_acc = zeros(N, SLOTS, COLUMNS // 2)
         up_acc = zeros(N, SLOTS, COLUMNS // 2)
         for start in range(0, D, COLUMNS * STEPS):
-            weights = ()
+            gates = ()
+            ups = ()
             for step in tl.static_range(STEPS):
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 inside = live[:, None] & (d < D)
-                weights += (tl.load(gate_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
-                weights += (tl.load(up_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
+                gates += (tl.load(gate_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
+                if up_ptr is not None:
+                    ups += (tl.load(up_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
             # Keeps all loads in flight: without it ptxas moves them between the products to save registers.
             tl.debug_barrier()
             for step in tl.static_range(STEPS):
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 inside = live[:, None] & (d < D)
-                g0, g1 = halves(weights[2 * step].to(tl.float32))
-                u0, u1 = halves(weights[2 * step + 1].to(tl.float32))
+                g0, g1 = halves(gates[step].to(tl.float32))
+                if up_ptr is not None:
+                    u0, u1 = halves(ups[step].to(tl.float32))
                 new_gate = ()
                 new_up = ()
                 for n in tl.static_range(N):
                     x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=inside, other=0.0)
                     x0, x1 = halves(x.to(tl.float32))
                     new_gate += (tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])),)
-                    new_up += (tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])),)
+                    if up_ptr is not None:
+                        new_up += (tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])),)
                 gate_acc = new_gate
-                up_acc = new_up
+                if up_ptr is not None:
+                    up_acc = new_up
 
         g = tl.zeros([SLOTS, ROWS], tl.float32)
         u = tl.zeros([SLOTS, ROWS], tl.float32)
         for n in tl.static_range(N):
             g = tl.where(row == n, tl.sum(gate_acc[n], 1)[:, None], g)
-            u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
-        a = activate(g, ACT) * u
+            if up_ptr is not None:
+                u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
+        if shift_ptr is not None:
+            g += tl.load(shift_ptr + neuron, mask=live, other=0.0).to(tl.float32)[:, None]
+        a = activate(g, ACT)
+        if up_ptr is not None:
+            a *= u
         threshold = tl.load(threshold_ptr + neuron, mask=live, other=0.0)
         keep = ((bits[:, None] >> row) & 1 != 0) & (tl.abs(a) >= threshold[:, None]) & (a != 0)
         kept += keep.to(tl.int32)
@@ -118,15 +129,15 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    down_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr, y_ptr, counts_ptr,
-    F, D, BLOCKS, ALL_CHAINS,
+    down_ptr, shift_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr, y_ptr,
+    counts_ptr, F, D, BLOCKS, ALL_CHAINS,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LINKS: tl.constexpr, CHAINS: tl.constexpr,
     COLUMNS: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`y = a @ down` over some chains and one tile of columns; the tile's last program adds up all chains.
+    """`y = a @ down + shift` over some chains and one tile of columns; the tile's last program adds up all chains.
 
-    down `[F, D]`; values, neurons, lengths, tallies, tickets as left by `gate_up_kernel`; partials `[S, N, D]` fp32
-    scratch. Out: y `[N, D]` of down's dtype, counts `[N, 2]` int32.
+    down `[F, D]`; shift `[D]` or None; values, neurons, lengths, tallies, tickets as left by `gate_up_kernel`; partials
+    `[S, N, D]` fp32 scratch. Out: y `[N, D]` of down's dtype, counts `[N, 2]` int32.
     """
     tile = tl.program_id(1).to(tl.int64)
     chain = tl.program_id(0).to(tl.int64) * CHAINS + tl.arange(0, CHAINS)
@@ -191,6 +202,8 @@ def down_kernel(
                 partials += (tl.load(line_ptr, mask=live, other=0.0, cache_modifier=".cg"),)
             for run in tl.static_range(RUNS):
                 y += partials[run]
+        if shift_ptr is not None:
+            y += tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * D + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
     if (tl.program_id(0) == 0) & (tile == 0):

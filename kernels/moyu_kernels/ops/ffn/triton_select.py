@@ -117,16 +117,24 @@ def _product(
 @triton.jit
 def select_lowbit(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
-    f, F, Q, PLANES: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    shift_ptr, f, F, Q,
+    PLANES: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
+    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n.
+
+    Of a plain FFN up's codes stand for gate's, None for up's, and shift is up's bias or None.
+    """
     weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
     wanted = tl.zeros([BLOCK], tl.int32)
     for n in tl.static_range(N):
         g = _product(x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
-        u = _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
-        score = weight * tl.sqrt_rn(tl.abs(activate(g, ACT) * u)) + bias
+        if shift_ptr is not None:
+            g += tl.load(shift_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        a = activate(g, ACT)
+        if up_codes_ptr is not None:
+            a *= _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
+        score = weight * tl.sqrt_rn(tl.abs(a)) + bias
         wanted |= (score > 0).to(tl.int32) << n
     return tl.where(f < F, wanted, 0)
 
