@@ -128,7 +128,7 @@ def test_reach_tells_kernels_from_masks_and_refusals(tiny: Path) -> None:
     predicted = reach(load_recipe(str(tiny), ["--predictor", "{name: lowbit}", "--calibrate.bytes_skipped", "0.2"]))
     found = [predicted[name] for name in ("llama", "opt", "gpt2", "gpt_neox", "mixtral")]
     assert found == ["kernel"] * 4 + ["refused"], "predictors need an op"
-    griffin = reach(load_recipe(str(tiny), ["--sparsifier", "{name: griffin}"]))
+    griffin = reach(load_recipe(str(tiny), ["--sparsifier", "{name: griffin, prompt: 8}"]))
     assert (griffin["gpt2"], griffin["opt"]) == ("kernel", "refused"), "OPT's blocks do not see sequences"
     drelu = reach(load_recipe(str(tiny), ["--sparsifier", "{name: drelu}"]))
     assert (drelu["llama"], drelu["opt"]) == ("kernel", "refused")

@@ -73,7 +73,7 @@ def installed_ffn(model: nn.Module, path: str, up: str) -> SparseFFN:
 
 def _op_on(backend: str, rule: Rule) -> str | None:
     """Which rule of the op computes `rule` on a backend; None where none does."""
-    if backend != "triton" or rule.op in ("threshold", "prompt"):
+    if backend != "triton" or rule.op in ("threshold", "topk", "prompt"):
         return rule.op
     return "threshold" if rule.stock_activation == "relu" else None  # thresholds of zero, with relu as activation
 

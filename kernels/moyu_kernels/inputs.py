@@ -21,7 +21,7 @@ class SparseLinear(SparseModule):
         original: the layer whose parameters are taken.
         threshold: fp32 `[D]`.
         mode: "dense" keeps all inputs, "rule" and "predicted" are the same here.
-        backend: "cpu" or "reference".
+        backend: "cpu", "triton" or "reference".
 
     The threshold keeps its dtype under `.to(dtype)`. `counts` int64 `[2]` sums up tokens and inputs kept over all
     calls.
@@ -51,11 +51,14 @@ class SparseLinear(SparseModule):
         self.mode = mode
         if backend is not None:
             self.backend = resolve_backend(backend, self.weight.device)
+            self._run: Any = naive.sparse_linear
             if self.backend == "triton":
-                raise ValueError("sparse inputs have no triton op yet; use the backend cpu or reference")
-            if self.backend == "cpu":
+                from .ops.linear import triton
+
+                self._run = triton.sparse_linear
+            elif self.backend == "cpu":
                 cpu.load()
-            self._run: Any = torch.ops.moyu.sparse_linear.default if self.backend == "cpu" else naive.sparse_linear
+                self._run = torch.ops.moyu.sparse_linear.default
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -205,6 +205,6 @@ def _inputs_simulated_because(layer: nn.Module, rule: Rule, backend: str) -> str
     """Why no op computes a linear layer on its kept inputs; empty where one does."""
     if type(layer) is not nn.Linear:
         return f"{type(layer).__name__} has no op"
-    if rule.op != "threshold" or backend == "triton":
+    if rule.op != "threshold":
         return f"rule {rule.describe()} has no op for the backend {backend!r}"
     return ""

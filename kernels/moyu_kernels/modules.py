@@ -87,7 +87,7 @@ class SparseFFN(SparseModule):
         predictor: `[]` or the tensors of a family in `naive.PREDICTORS`.
         mode: "predicted" (the rule on the neurons that the predictor selects), "rule" (the exact mask) or "dense" (no
             mask; a rule in `naive.SUBSTITUTES` stays, since the model is another one without it).
-        backend: "cpu", "triton" (only the rule "threshold") or "reference".
+        backend: "cpu", "triton" (only the rules "threshold" and "topk") or "reference".
         rule: a name from `naive.RULES`; with "threshold" a neuron is kept where `abs(a) >= threshold`.
         keep: neurons that the rule "topk" keeps.
 
@@ -191,7 +191,7 @@ class SparseFFN(SparseModule):
         self.mode = mode
         if backend is not None:
             resolved = resolve_backend(backend, self.threshold.device)
-            if resolved == "triton" and self.rule != "threshold":
+            if resolved == "triton" and self.rule not in ("threshold", "topk"):
                 raise ValueError(f"rule {self.rule!r} has no triton op yet; use the backend cpu or reference")
             self.backend = resolved
             self._run = self._op()

@@ -128,8 +128,6 @@ def test_bad_arguments_are_refused() -> None:
             cpu.sparse_linear(*changed)
     with pytest.raises(ValueError, match=r"threshold is torch.float32 \[64\], the layer needs torch.float32 \[65\]"):
         SparseLinear(nn.Linear(65, 193), torch.zeros(64))
-    with pytest.raises(ValueError, match="no triton op yet"):
-        SparseLinear(nn.Linear(65, 193), threshold, backend="triton")
     with pytest.raises(ValueError, match="mode 'sparse' is unknown"):
         SparseLinear(nn.Linear(65, 193), threshold, mode="sparse")
 

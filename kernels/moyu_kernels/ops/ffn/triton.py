@@ -1,11 +1,11 @@
 """Gated and plain FFN with a dynamic mask in Triton: the rows of neurons that are not needed are never loaded.
 
 Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R rank of a low-rank predictor. Two launches, three with a
-predictor that computes scores; nothing is read back by the host. `triton_kernels.py` tells how the work is split, and
-why a row does not depend on its batch.
+predictor that computes scores, four under "topk"; nothing is read back by the host. `triton_kernels.py` tells how the
+work is split, and why a row does not depend on its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -16,15 +16,16 @@ from triton.backends.compiler import GPUTarget
 from ..aot import Launch
 from .naive import ACTIVATIONS, GIVEN, PREDICTORS, check_rule, code_bits, op_family, predictor_shapes
 from .triton_kernels import down_kernel, gate_up_kernel
+from .triton_lists import THREADS, Lists, options_of
 from .triton_select import hidden_kernel, round_kernel
+from .triton_topk import least_kernel, list_kernel
 
 MAX_ROWS = 8
+RULES = ("threshold", "topk")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-THREADS = 128
 ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each
-SLOTS = THREADS // 32  # neurons of a gated FFN in work at once; of a plain one twice as many, for as many loads
-TILE_BYTES = 256  # of a down row per program: 16 threads with a 16-byte load each
-CHAINS = THREADS // 16  # chains in work at once
+RANKED = 4096  # keys that a program of `least_kernel` counts at once
+SLOTS = THREADS // 32  # neurons in work at once
 
 
 def plan(
@@ -37,44 +38,34 @@ def plan(
     target: GPUTarget,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    keep: int = 0,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of one call with their scratch, and the outputs y and counts that they fill.
 
-    fronts: gate and up, or up alone.
+    fronts: gate and up, or up alone; keep: of the rule "topk", else 0.
     """
     (n, d), f = x.shape, len(down)
-    gate, up, slots = fronts[0], None, 2 * SLOTS
-    if len(fronts) == 2:
-        (_, up), slots = fronts, SLOTS
+    gate, up = fronts[0], fronts[1] if len(fronts) == 2 else None
     family = op_family(predictor) if predictor else None
     lowbit = family in ("lowbit", "lowbit_up")
     planes = 8 // code_bits(predictor[0], d) if lowbit else 4
     r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, planes)
-    # About 256 blocks and 64 chains, whatever the model: enough programs for a large GPU, few partial sums.
-    block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
-    blocks = triton.cdiv(f, block)
-    links = min(4, triton.next_power_of_2(triton.cdiv(blocks, 64)))
-    chains = triton.cdiv(blocks, links)
-    columns, tile, vector = (size // x.element_size() for size in (ROW_BYTES, TILE_BYTES, 16))
-    tiles = triton.cdiv(d, tile)
-    rows = triton.next_power_of_2(n)
-
-    steps = min(8 if n <= 4 else 4, triton.cdiv(d, columns))
-    # Left alone, ptxas spills to reach an occupancy that this grid cannot use. Rows of few steps need 3 programs on an
-    # SM to have enough loads in flight, longer ones 2.
-    registers = {"maxnreg": 168 if n <= 2 and steps < 4 else 255} if target.backend == "cuda" else {}
-    # Products and sums are fused where tl.fma says so; the default differs between Triton versions.
-    options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": False} | registers
+    lists, columns = Lists.empty(n, down), ROW_BYTES // x.element_size()
+    blocks, tiles = len(lists.lengths), len(lists.tickets)
+    most, length = 8 if n <= 4 else 4, triton.cdiv(d, columns)
+    steps, slots = min(most, length), SLOTS
+    if up is None:  # as many loads in flight of one matrix: of twice as many rows, where their sums fit the registers
+        wide = n > columns // 64 and length > most
+        steps, slots = (min(2 * most, length), SLOTS) if wide else (min(6 if 2 < n <= 4 else most, length), 2 * SLOTS)
+    # Rows of few steps need 3 programs on an SM to have enough loads in flight, longer ones 2.
+    options = options_of(target, 168 if n <= 2 and steps < 4 else 255)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    y, counts = empty(n, d, dtype=x.dtype), empty(n, 2, dtype=torch.int32)
-    values, neurons, lengths = empty(n, f), empty(f, dtype=torch.int32), empty(blocks, dtype=torch.int32)
-    tallies, tickets = empty(2, n, blocks, dtype=torch.int32), empty(tiles, dtype=torch.int32)
-    lists = (values, neurons, lengths, tallies, tickets)
+    keys = empty(n, f, dtype=torch.int32) if keep else None
 
-    launches = []
+    launches: list[Launch] = []
     score: tuple[Tensor | None, ...] = (None,) * 13
     width = min(2048, max(2, triton.next_power_of_2(d)))
     if family == "lowrank":
@@ -88,28 +79,23 @@ def plan(
         score = (None, None, None, *rounded, *codes, None)
     elif family == "given":
         score = (*(None,) * 12, *predictor)
-    constants = {"N": n, "ROWS": rows, "BLOCK": block, "RANKS": 128, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps}
+    constants = {"RANKS": 128, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps, **lists.constants}
     launches.append(
         Launch(
             gate_up_kernel,
             (blocks,),
-            (x, gate, up, up_bias, threshold, *score, *lists, f, d, r, tiles),
+            (x, gate, up, up_bias, threshold, *score, keys, *lists.tensors, f, d, r, tiles),
             {"ACT": act, "PLANES": planes, **constants},
             options,
         )
     )
-    constants = {"N": n, "ROWS": rows, "BLOCK": block, "LINKS": links, "CHAINS": CHAINS, "COLUMNS": tile}
-    constants |= {"VECTOR": vector, "STEPS": 16 if n <= 4 else 12, "RUNS": min(32, 128 // rows)}
-    launches.append(
-        Launch(
-            down_kernel,
-            (triton.cdiv(chains, CHAINS), tiles),
-            (down, down_bias, *lists, empty(chains, n, d), y, counts, f, d, blocks, chains),
-            constants,
-            options,
-        )
-    )
-    return launches, y, counts
+    if keys is not None:
+        least, wide = empty(n, dtype=torch.int32), min(RANKED, triton.next_power_of_2(f))
+        launches.append(Launch(least_kernel, (n,), (keys, least, f, keep), {"COLUMNS": wide}, options))
+        ranked = (keys, least, *lists.tensors[:-1], f)
+        launches.append(Launch(list_kernel, (blocks,), ranked, lists.constants, options))
+    launch, y, counts = lists.sum_rows(down, down_bias, options)
+    return [*launches, launch], y, counts
 
 
 @cache
@@ -125,10 +111,11 @@ def _check(
     act: str,
     predictor: list[Tensor],
     rule: str,
+    keep: int,
     biases: dict[str, Tensor | None],
 ) -> None:
     """Refuses what the kernels do not compute exactly; weights and biases by name, those of down last."""
-    if rule != "threshold":
+    if rule not in RULES:
         raise ValueError(f"rule {rule!r} has no triton op yet; use the backend cpu or reference")
     if act not in ACTIVATIONS:
         raise ValueError(f"act is {act!r}: the triton backend supports {', '.join(ACTIVATIONS)}")
@@ -142,7 +129,7 @@ def _check(
     first, gate = next(iter(weights.items()))
     if gate.dim() != 2 or 0 in gate.shape:
         raise ValueError(f"{first} has shape {list(gate.shape)}: expected [F, D]")
-    check_rule(rule, 0, predictor, len(gate), gated=first == "gate")
+    check_rule(rule, keep, predictor, len(gate), gated=first == "gate")
     names = (GIVEN | PREDICTORS)[op_family(predictor)] if predictor else ()
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
@@ -184,15 +171,16 @@ def gated_ffn(
     scales: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`naive.gated_ffn` for 1 to 8 rows under the rule "threshold"; 2 launches, 3 with a predictor.
+    """`naive.gated_ffn` for 1 to 8 rows under the rules "threshold", 2 launches, 3 with a predictor, and "topk", 4.
 
     Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
         `ACTIVATIONS`; predictor `[]`, `[mask]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one
         device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
-    _check_gated(x, gate, up, down, threshold, act, predictor, rule, scales)
-    return _run(x, (gate, up), down, threshold, act, predictor, None, None)
+    _check_gated(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
+    weights, ranked = ((gate, up), down, threshold), keep if rule == "topk" else 0
+    return run_on(x, lambda target: plan(x, *weights, act, predictor, target, keep=ranked))
 
 
 def _check_gated(
@@ -204,30 +192,25 @@ def _check_gated(
     act: str,
     predictor: list[Tensor],
     rule: str,
+    keep: int,
     scales: Tensor | None,
 ) -> None:
     if scales is not None:
         raise ValueError("int8 weights have no triton op yet; load the checkpoint with weights='stored'")
-    _check(x, {"gate": gate, "up": up, "down": down}, threshold, act, predictor, rule, {})
+    _check(x, {"gate": gate, "up": up, "down": down}, threshold, act, predictor, rule, keep, {})
 
 
-def _run(
-    x: Tensor,
-    fronts: Sequence[Tensor],
-    down: Tensor,
-    threshold: Tensor,
-    act: str,
-    predictor: list[Tensor],
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def run_on(x: Tensor, planned: Callable[[GPUTarget], tuple[list[Launch], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Runs what is planned for the device of x; returns its outputs.
+
+    Raises: ValueError where it is no GPU.
+    """
     if x.device.type != "cuda" and isinstance(down_kernel, triton.JITFunction):
         raise ValueError(
             f"x is on {x.device}: the triton backend needs a GPU (or TRITON_INTERPRET=1 before the import)"
         )
     with torch.cuda.device_of(x):
-        target = _target(x.device)
-        launches, y, counts = plan(x, fronts, down, threshold, act, predictor, target, up_bias, down_bias)
+        launches, y, counts = planned(_target(x.device))
         for launch in launches:
             launch.run()
     return y, counts
@@ -247,7 +230,7 @@ def _(
     scales: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_gated(x, gate, up, down, threshold, act, predictor, rule, scales)
+    _check_gated(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
 
@@ -264,14 +247,15 @@ def plain_ffn(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`naive.plain_ffn` for 1 to 8 rows under the rule "threshold"; launches as in `gated_ffn`.
+    """`naive.plain_ffn` for 1 to 8 rows under the rules "threshold" and "topk"; launches as in `gated_ffn`.
 
     Args: as there; up_bias `[F]` and down_bias `[D]` of x's dtype. All contiguous, on one device.
     Returns: as there.
     """
     biases = {"up_bias": up_bias, "down_bias": down_bias}
-    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, biases)
-    return _run(x, (up,), down, threshold, act, predictor, up_bias, down_bias)
+    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases)
+    weights, ranked = ((up,), down, threshold), keep if rule == "topk" else 0
+    return run_on(x, lambda target: plan(x, *weights, act, predictor, target, up_bias, down_bias, ranked))
 
 
 @plain_ffn.register_fake
@@ -288,5 +272,5 @@ def _(
     down_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     biases = {"up_bias": up_bias, "down_bias": down_bias}
-    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, biases)
+    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

@@ -21,7 +21,7 @@ from .triton_select import activate, halves, select_lowbit, select_lowrank, zero
 def gate_up_kernel(
     x_ptr, gate_ptr, up_ptr, shift_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
-    mask_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
+    mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
     PLANES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,8 @@ def gate_up_kernel(
     threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
     `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
     `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8,
-    bit n for row n.
+    bit n for row n. keys `[N, F]` int32 or None: under "topk" no threshold is applied, all values are written beside
+    what they are ranked by, and `triton_topk` goes on.
     Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the first `lengths[b]` entries of each
     block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets `[C]` int32, zeroed here for
     `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -82,6 +83,8 @@ def gate_up_kernel(
             # Keeps all loads in flight: without it ptxas moves them between the products to save registers.
             tl.debug_barrier()
             for step in tl.static_range(STEPS):
+                if up_ptr is None and N > 4 and step % 2 == 0 and step > 0:
+                    tl.debug_barrier()  # against x of too many steps in registers at once
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
                 inside = live[:, None] & (d < D)
                 g0, g1 = halves(gates[step].to(tl.float32))
@@ -111,7 +114,13 @@ def gate_up_kernel(
         if up_ptr is not None:
             a *= u
         threshold = tl.load(threshold_ptr + neuron, mask=live, other=0.0)
-        keep = ((bits[:, None] >> row) & 1 != 0) & (tl.abs(a) >= threshold[:, None]) & (a != 0)
+        keep = (bits[:, None] >> row) & 1 != 0
+        if keys_ptr is not None:
+            ratio = tl.div_rn(tl.abs(a), tl.zeros([SLOTS, ROWS], tl.float32) + threshold[:, None])
+            key = tl.where(ratio >= 0, ratio.to(tl.int32, bitcast=True), -1)
+            tl.store(keys_ptr + row * F + neuron[:, None], key, mask=live[:, None] & (row < N))
+        else:
+            keep = keep & (tl.abs(a) >= threshold[:, None]) & (a != 0)
         kept += keep.to(tl.int32)
         tl.store(values_ptr + row * F + neuron[:, None], tl.where(keep, a, 0.0), mask=live[:, None] & (row < N))
 

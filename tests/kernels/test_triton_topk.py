@@ -1,0 +1,133 @@
+"""The rule "topk" in Triton against its naive twin, gated and plain, with Triton's interpreter (`test_triton_ffn`)."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from moyu_kernels.ops.ffn import naive
+from predictors import random_predictor
+from test_plain_op import plain_arguments
+from test_topk import topk_arguments
+from test_triton_ffn import INTERPRETED, RTOL, interpreted, poisoned  # noqa: F401 (a fixture)
+
+
+def run(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    from moyu_kernels.ops.ffn import triton
+
+    return (triton.gated_ffn if len(arguments) == 9 else triton.plain_ffn)(*arguments)
+
+
+def check(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Runs the kernel, compares with the naive twin in fp32 and returns what the kernel returned."""
+    y, counts = run(arguments)
+    wide = [v.float() if isinstance(v, torch.Tensor) else v for v in arguments]
+    expected, expected_counts = (naive.gated_ffn if len(arguments) == 9 else naive.plain_ffn)(*wide)
+    assert torch.equal(counts, expected_counts)
+    torch.testing.assert_close(y.float(), expected, rtol=RTOL[y.dtype], atol=2e-5, equal_nan=True)
+    return y, counts
+
+
+def test_under_the_interpreter() -> None:
+    if INTERPRETED:
+        pytest.skip("this is the process with the interpreter")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
+def test_equals_naive(rows: int, dtype: torch.dtype) -> None:
+    assert check(topk_arguments(rows, dtype, 50))[1].tolist() == [[193, 50]] * rows
+    check(plain_arguments(rows, dtype, "topk"))
+
+
+@interpreted
+def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moyu_kernels.ops.ffn import triton
+
+    check(topk_arguments(2, torch.float32, 2, (3, 5, 1)))
+    monkeypatch.setattr(triton, "RANKED", 64)  # more neurons than are ranked at once
+    for keep in (1, 33, 193):
+        assert check(topk_arguments(1, torch.float32, keep))[1].tolist() == [[193, keep]]
+
+
+@interpreted
+def test_ties_are_kept_and_zeros_are_not() -> None:
+    arguments = topk_arguments(3, torch.float32, 60, act="relu")
+    arguments[:3] = [torch.randint(-1, 2, tensor.shape).float() for tensor in arguments[:3]]
+    arguments[4] = torch.ones(193)
+    counts = check(arguments)[1]
+    assert (counts[:, 1] > 60).any()
+    arguments[-1] = 193
+    assert (check(arguments)[1][:, 1] < 193).all()
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite(value: float) -> None:
+    arguments = topk_arguments(2, torch.float32, 20)
+    arguments[2][7] = value
+    y, _ = check(arguments)
+    assert value == float("inf") or y.isfinite().all()
+
+
+@interpreted
+def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
+    x, *rest = topk_arguments(4, torch.float32, 20, (65, 97, 17))
+    y, counts = run([x, *rest])
+    assert torch.equal(run([x, *rest])[0], y)
+    for row in (0, 3):
+        alone, alone_counts = run([x[row : row + 1], *rest])
+        assert torch.equal(alone[0], y[row])
+        assert torch.equal(alone_counts[0], counts[row])
+
+
+@interpreted
+def test_the_order_of_the_neurons_does_not_matter() -> None:
+    x, *weights, act, predictor, rule, keep = topk_arguments(2, torch.float32, 20)
+    y, counts = run([x, *weights, act, predictor, rule, keep])
+    order = torch.randperm(193)
+    moved = run([x, *(weight[order] for weight in weights), act, predictor, rule, keep])
+    torch.testing.assert_close(moved[0], y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(moved[1], counts)
+
+
+@interpreted
+def test_down_rows_that_are_not_needed_are_not_loaded() -> None:
+    arguments = topk_arguments(2, torch.float32, 20)
+    y, _ = run(arguments)
+    x, gate, up, down, threshold, act, *_ = arguments
+    ranks = (naive.ACTIVATIONS[act](x @ gate.T) * (x @ up.T)).abs() / threshold
+    kept = (ranks >= ranks.topk(20).values[:, -1:]).any(0)
+    assert 20 <= kept.sum() <= 40
+    down[~kept] = torch.nan
+    assert torch.equal(run(arguments)[0], y)
+
+
+@interpreted
+def test_library_checks() -> None:
+    from moyu_kernels.ops.ffn import triton
+
+    torch.library.opcheck(triton.gated_ffn, tuple(topk_arguments(2, torch.float32, 5, (16, 32, 4))))
+
+
+def test_refuses_and_launches_four() -> None:
+    from moyu_kernels.ops.ffn import triton
+    from triton.backends.compiler import GPUTarget
+
+    arguments = topk_arguments(1, torch.float32, 0)
+    with pytest.raises(ValueError, match="keep is 0, rule 'topk' takes 1 to F = 193"):
+        run(arguments)
+    arguments = topk_arguments(1, torch.float32, 5)
+    arguments[6] = random_predictor("lowbit", 65, 193, 4)
+    with pytest.raises(ValueError, match="needs the gates of all neurons, so a predictor has none"):
+        run(arguments)
+    torch.use_deterministic_algorithms(False)
+    x, gate, up, *rest = topk_arguments(2, torch.float32, 5)
+    launches, _, _ = triton.plan(x, (gate, up), *rest[:4], GPUTarget("cuda", 90, 32), keep=5)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["gate_up_kernel", "least_kernel", "list_kernel", "down_kernel"]
