@@ -9,12 +9,15 @@ import resource
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from moyu_train.errors import MoyuError
 from moyu_train.pipeline import Run
 from moyu_train.progress import track
 from moyu_train.recipe import Recipe
@@ -112,9 +115,18 @@ def _peak(recipe: Recipe, variant: str) -> int:
 
 
 def step_cost(recipe: Recipe) -> dict[str, Any]:
-    """Ratios of time (median, least and most over the rounds) and of peak memory, sparse over plain."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {variant: pool.apply(_peak, (recipe, variant)) for variant in VARIANTS}
+    """Ratios of time (median, least and most over the rounds) and of peak memory, sparse over plain.
+
+    Raises: MoyuError where a process that measures memory is killed.
+    """
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            memory = {variant: pool.submit(_peak, recipe, variant).result() for variant in VARIANTS}
+    except BrokenProcessPool as error:
+        raise MoyuError(
+            "the process that measures a step's peak memory was killed, for want of memory most likely; lower "
+            "finetune.batch or finetune.window"
+        ) from error
     run = Run(recipe)
     with tempfile.TemporaryDirectory() as folder:
         steppers = {variant: Stepper(run, variant, folder) for variant in VARIANTS}

@@ -1,6 +1,8 @@
 """`moyu plan` against numbers worked out by hand, real files, and what a real training step allocates."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from moyu_train.evaluation.shapes import SHAPES
 from moyu_train.pipeline import Run
 from moyu_train.plan import plan
 from moyu_train.recipe import Recipe
-from moyu_train.step_cost import Stepper
+from moyu_train.step_cost import Stepper, step_cost
 
 D, F, L, V, KV = 32, 96, 2, 259, 32  # tests/tiny.py's Llama; KV: keys and values of 2 heads of 8
 ATTENTION, FFN = 2 * D * D + KV * D, 3 * D * F
@@ -197,3 +199,14 @@ def test_the_verb_prints_one_table_and_writes_json(tmp_path: Path, capsys: pytes
 def test_numbers_that_cannot_be_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(MoyuError, match="is no"):
         plan(Recipe.model_validate(settings_of(tmp_path)), **wrong)
+
+
+def killed(recipe: Recipe, variant: str) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_step_cost_does_not_wait_for_a_process_that_was_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("moyu_train.step_cost._peak", killed)
+    with pytest.raises(MoyuError, match="was killed, for want of memory most likely"):
+        step_cost(Recipe.model_validate(settings_of(tmp_path)))
