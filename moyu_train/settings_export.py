@@ -48,6 +48,12 @@ class Evaluate(Section):
     agreement: Agreement | None = Field(None, description="compare greedy continuations with the dense parent's")
 
     @model_validator(mode="after")
+    def _scored(self) -> "Evaluate":
+        if self.kernel_tokens == 1:
+            raise ValueError("kernel_tokens is 1, and the first token has no prediction; give 2 or more, or 0 for none")
+        return self
+
+    @model_validator(mode="after")
     def _data_of_tasks(self) -> "Evaluate":
         strangers = set(self.task_data) - set(self.tasks)
         if strangers and not self.task_folder:

@@ -87,6 +87,19 @@ def test_a_block_that_selects_other_neurons_is_caught(folder: Path, monkeypatch:
         found(folder)
 
 
+def test_outputs_that_are_no_numbers_are_caught_where_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = moyu_kernels.from_pretrained
+
+    def broken(*args: object, **kwargs: object) -> torch.nn.Module:
+        model = load(*args, **kwargs)
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(moyu_kernels, "from_pretrained", broken)
+    with pytest.raises(MoyuError, match=r"on the same inputs.*in model.layers.1.mlp"):
+        found(folder)
+
+
 def test_means_may_differ_by_chance_and_by_no_more() -> None:
     chance = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     losses = torch.full((400,), 3.0, dtype=torch.float64)

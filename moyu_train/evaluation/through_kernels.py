@@ -50,9 +50,9 @@ def through_kernels(folder: Path, model: Any, ids: Tensor, predicted: bool = Tru
     blocks = replay(sparse, parts, "evaluate") if parts else None
     exact = stored = decoded_losses(sparse, ids)
     del sparse
+    check_agreement(exact, masked)
     if stored_dtype(folder) != torch.float32:
         stored = decoded_losses(moyu_kernels.from_pretrained(folder), ids)
-    check_agreement(exact, masked)
     return {
         "perplexity": perplexity(stored),
         "tokens": len(ids),

@@ -23,6 +23,15 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_
 RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
+def run_interpreted(file: str) -> None:
+    """Runs a file's tests in a process with the interpreter."""
+    if INTERPRETED:
+        pytest.skip("this is the process with the interpreter")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fills the memory that `torch.empty` hands out with NaN or the largest integer."""
@@ -89,11 +98,7 @@ def check(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def test_under_the_interpreter() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process with the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,15 +1,12 @@
 """Linear layers with sparse inputs in Triton against the naive twin, with Triton's interpreter (`test_triton_ffn`)."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from moyu_kernels.ops.linear import naive
 from test_sparse_linear import SIZES, arguments
-from test_triton_ffn import INTERPRETED, RTOL, interpreted, poisoned  # noqa: F401 (a fixture)
+from test_triton_ffn import INTERPRETED, RTOL, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
 
 
 def run(args: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,11 +26,7 @@ def check(args: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_under_the_interpreter() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process with the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @interpreted

@@ -1,8 +1,5 @@
 """The rule "topk" in Triton against its naive twin, gated and plain, with Triton's interpreter (`test_triton_ffn`)."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,7 +8,7 @@ from moyu_kernels.ops.ffn import naive
 from predictors import random_predictor
 from test_plain_op import plain_arguments
 from test_topk import topk_arguments
-from test_triton_ffn import INTERPRETED, RTOL, interpreted, poisoned  # noqa: F401 (a fixture)
+from test_triton_ffn import RTOL, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
 
 
 def run(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,11 +28,7 @@ def check(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_under_the_interpreter() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process with the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_interpreted(__file__)
 
 
 @interpreted
