@@ -47,6 +47,14 @@ def test_nothing_and_everything_is_kept() -> None:
 
 
 @interpreted
+def test_an_input_on_its_threshold_is_kept() -> None:
+    x, weight, bias, _ = arguments(1, torch.float32)
+    y, counts = check([x, weight, bias, x[0].abs()])
+    assert counts.tolist() == [x.count_nonzero().item()]
+    assert not torch.equal(y, bias[None])
+
+
+@interpreted
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
     x, *rest = arguments(8, torch.float32)
     y, counts = run([x, *rest])
