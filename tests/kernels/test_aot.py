@@ -174,11 +174,16 @@ def test_sparse_inputs(target: str, n: int, d: int, f: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("family", [*PLAIN_KINDS, "given", None])
 @pytest.mark.parametrize("n", range(1, 9))
 @pytest.mark.parametrize("target", TARGETS)
-def test_plain_resources_and_loads_of_all_batches(target: str, n: int, family: str | None, dtype: torch.dtype) -> None:
+def test_plain_resources_and_loads_of_all_batches(
+    target: str, n: int, family: str | None, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if (target, n, dtype) == ("sm90", 7, torch.float16) and family not in (None, "given"):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="40 to 48 bytes are spilled, not solved yet"))
     rank = 128 if family else 0
     reports = compiled(target, n, 2048, 8192, rank, dtype, family=family or "lowrank", plain=True)
     for name, (report, loads) in reports.items():
-        check_resources(target, report, spills=32 if n >= 4 else 0)  # a few words: not solved yet
+        few = n > 4 or (n == 4 and dtype == torch.float32)  # a few words: not solved yet
+        check_resources(target, report, spills=32 if few else 0)
         check_loads(target, name, report, loads, narrow_loads=8)
 
 

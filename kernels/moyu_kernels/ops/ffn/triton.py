@@ -56,7 +56,8 @@ def plan(
     steps, slots = min(most, length), SLOTS
     if up is None:  # as many loads in flight of one matrix: of twice as many rows, where their sums fit the registers
         wide = n > columns // 64 and length > most
-        steps, slots = (min(2 * most, length), SLOTS) if wide else (min(6 if 2 < n <= 4 else most, length), 2 * SLOTS)
+        narrow = most if n not in (3, 4) else 4 if x.element_size() == 2 else 6
+        steps, slots = (min(2 * most, length), SLOTS) if wide else (min(narrow, length), 2 * SLOTS)
     # Rows of few steps need 3 programs on an SM to have enough loads in flight, longer ones 2.
     options = options_of(target, 168 if n <= 2 and steps < 4 else 255)
 
