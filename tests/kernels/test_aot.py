@@ -61,8 +61,8 @@ def compiled(
     return reports
 
 
-def check_resources(target: str, report: Report, spills: int = 0) -> None:
-    assert report.spills <= spills
+def check_resources(target: str, report: Report) -> None:
+    assert report.spills == 0
     assert report.registers <= (512 if target == "gfx942" else 255)
     assert report.shared <= 16 * 1024
 
@@ -70,17 +70,18 @@ def check_resources(target: str, report: Report, spills: int = 0) -> None:
 def check_loads(target: str, name: str, report: Report, loads: int, narrow_loads: int = 0) -> None:
     """Weights come in 16-byte loads, all of a step before the barrier, 32 KB or more in flight on an SM or CU.
 
-    narrow_loads: at most, of a byte or two for other things.
+    On gfx942, where loads of x come before that barrier too, the first product counts as one. narrow_loads: at most, of
+    a byte or two for other things.
     """
     hip = target == "gfx942"
     wide, narrow = r"global_load_dwordx4", r"global_load_[us]\w+" if hip else r"LDG\S*\.[US](?:8|16)\b"
     wide = wide if hip else r"\bLDG\S*\.128"
-    barrier = r"\bs_barrier" if hip else r"\bBAR\.SYNC"
+    barrier = r"\bs_barrier|\bv_(?:pk_)?fma" if hip else r"\bBAR\.SYNC"
     assert re.search(wide, report.assembly)
     assert len(re.findall(narrow, report.assembly)) <= narrow_loads
     if name in WEIGHT_KERNELS:
-        between = re.split(barrier, report.assembly)
-        assert loads in [len(re.findall(wide, part)) for part in between]
+        counts = [len(re.findall(wide, part)) for part in re.split(barrier, report.assembly)]
+        assert loads in counts
         assert resident(target, report) * THREADS * loads * 16 >= 32 * 1024
 
 
@@ -174,16 +175,11 @@ def test_sparse_inputs(target: str, n: int, d: int, f: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("family", [*PLAIN_KINDS, "given", None])
 @pytest.mark.parametrize("n", range(1, 9))
 @pytest.mark.parametrize("target", TARGETS)
-def test_plain_resources_and_loads_of_all_batches(
-    target: str, n: int, family: str | None, dtype: torch.dtype, request: pytest.FixtureRequest
-) -> None:
-    if (target, n, dtype) == ("sm90", 7, torch.float16) and family not in (None, "given"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="40 to 48 bytes are spilled, not solved yet"))
+def test_plain_resources_and_loads_of_all_batches(target: str, n: int, family: str | None, dtype: torch.dtype) -> None:
     rank = 128 if family else 0
     reports = compiled(target, n, 2048, 8192, rank, dtype, family=family or "lowrank", plain=True)
     for name, (report, loads) in reports.items():
-        few = n > 4 or (n == 4 and dtype == torch.float32)  # a few words: not solved yet
-        check_resources(target, report, spills=32 if few else 0)
+        check_resources(target, report)
         check_loads(target, name, report, loads, narrow_loads=8)
 
 

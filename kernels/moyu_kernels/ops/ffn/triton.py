@@ -52,12 +52,10 @@ def plan(
     r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, planes)
     lists, columns = Lists.empty(n, down), ROW_BYTES // x.element_size()
     blocks, tiles = len(lists.lengths), len(lists.tickets)
-    most, length = 8 if n <= 4 else 4, triton.cdiv(d, columns)
-    steps, slots = min(most, length), SLOTS
-    if up is None:  # as many loads in flight of one matrix: of twice as many rows, where their sums fit the registers
-        wide = n > columns // 64 and length > most
-        narrow = most if n not in (3, 4) else 4 if x.element_size() == 2 else 6
-        steps, slots = (min(2 * most, length), SLOTS) if wide else (min(narrow, length), 2 * SLOTS)
+    # Where steps divide the rows the loads need no mask: it takes registers, enough of them to make ptxas spill.
+    wished = range(8, 3, -1) if n <= 4 else range(4, 9)
+    steps = next((s for s in wished if d % (s * columns) == 0), min(wished[0], triton.cdiv(d, columns)))
+    slots = SLOTS if up is not None else 2 * SLOTS  # as many loads in flight of one matrix
     # Rows of few steps need 3 programs on an SM to have enough loads in flight, longer ones 2.
     options = options_of(target, 168 if n <= 2 and steps < 4 else 255)
 
@@ -81,6 +79,7 @@ def plan(
     elif family == "given":
         score = (*(None,) * 12, *predictor)
     constants = {"RANKS": 128, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps, **lists.constants}
+    constants["EVEN"] = d % (columns * steps) == 0
     launches.append(
         Launch(
             gate_up_kernel,

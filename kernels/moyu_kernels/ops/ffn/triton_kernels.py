@@ -14,7 +14,7 @@ it multiplies it by zero, so weights must be finite.
 import triton
 import triton.language as tl
 
-from .triton_select import activate, halves, select_lowbit, select_lowrank, zeros
+from .triton_select import activate, quarters, select_lowbit, select_lowrank, zeros
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def gate_up_kernel(
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
     PLANES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
@@ -32,7 +33,7 @@ def gate_up_kernel(
     `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
     `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8,
     bit n for row n. keys `[N, F]` int32 or None: under "topk" no threshold is applied, all values are written beside
-    what they are ranked by, and `triton_topk` goes on.
+    what they are ranked by, and `triton_topk` goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held.
     Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the first `lengths[b]` entries of each
     block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets `[C]` int32, zeroed here for
     `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -69,35 +70,32 @@ def gate_up_kernel(
         neuron = block * BLOCK + tl.sum(tl.where(hit, lane[None, :], 0), 1)
         live = slot < selected
 
-        gate_acc = zeros(N, SLOTS, COLUMNS // 2)
-        up_acc = zeros(N, SLOTS, COLUMNS // 2)
+        gate_acc = zeros(N, SLOTS, COLUMNS // 4)
+        up_acc = zeros(N, SLOTS, COLUMNS // 4)
         for start in range(0, D, COLUMNS * STEPS):
             gates = ()
             ups = ()
             for step in tl.static_range(STEPS):
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-                inside = live[:, None] & (d < D)
+                inside = live[:, None] & ((d < D) | EVEN)
                 gates += (tl.load(gate_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
                 if up_ptr is not None:
                     ups += (tl.load(up_ptr + neuron[:, None] * D + d, mask=inside, other=0.0),)
             # Keeps all loads in flight: without it ptxas moves them between the products to save registers.
             tl.debug_barrier()
             for step in tl.static_range(STEPS):
-                if up_ptr is None and N > 4 and step % 2 == 0 and step > 0:
-                    tl.debug_barrier()  # against x of too many steps in registers at once
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-                inside = live[:, None] & (d < D)
-                g0, g1 = halves(gates[step].to(tl.float32))
+                g0, g1, g2, g3 = quarters(gates[step].to(tl.float32))
                 if up_ptr is not None:
-                    u0, u1 = halves(ups[step].to(tl.float32))
+                    u0, u1, u2, u3 = quarters(ups[step].to(tl.float32))
                 new_gate = ()
                 new_up = ()
                 for n in tl.static_range(N):
-                    x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=inside, other=0.0)
-                    x0, x1 = halves(x.to(tl.float32))
-                    new_gate += (tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])),)
+                    x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=(d < D) | EVEN, other=0.0)
+                    x0, x1, x2, x3 = quarters(x.to(tl.float32))
+                    new_gate += (tl.fma(g3, x3, tl.fma(g2, x2, tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])))),)
                     if up_ptr is not None:
-                        new_up += (tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])),)
+                        new_up += (tl.fma(u3, x3, tl.fma(u2, x2, tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])))),)
                 gate_acc = new_gate
                 if up_ptr is not None:
                     up_acc = new_up

@@ -26,6 +26,15 @@ def halves(a):
 
 
 @triton.jit
+def quarters(a):
+    """Every fourth column of `[ROWS, COLUMNS]` from the first, second, third and fourth on, as in `halves`."""
+    even, odd = halves(a)
+    a0, a2 = halves(even)
+    a1, a3 = halves(odd)
+    return a0, a1, a2, a3
+
+
+@triton.jit
 def activate(g, ACT: tl.constexpr):
     """`ACTIVATIONS[ACT](g)` for fp32 g."""
     if ACT == "silu":
