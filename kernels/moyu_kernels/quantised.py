@@ -20,7 +20,7 @@ class Int8GatedFFN(SparseGatedFFN):
     The op takes the rows as they are; prefill widens them in parts to x's dtype. The projections are let go. The state
     dict is the stock one and holds what the rows stand for, in the projections' dtype.
 
-    Raises: ValueError also for weights that are not finite, and for the backend "triton", which has no int8 op.
+    Raises: ValueError also for weights that are not finite.
     """
 
     scales: Tensor
@@ -49,14 +49,6 @@ class Int8GatedFFN(SparseGatedFFN):
     def vectors(self) -> tuple[Tensor | None, Tensor | None]:
         """`scales` fp32 `[3, F]`, `columns` fp32 `[D]`."""
         return self.scales, self.columns
-
-    def set_mode(self, mode: str, backend: str | None = None) -> "Int8GatedFFN":
-        super().set_mode(mode, backend)
-        if self.backend == "triton":
-            raise ValueError(
-                "int8 weights have no triton op yet; load the checkpoint with weights='stored', or use the backend cpu"
-            )
-        return self
 
     def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         gate, up = (

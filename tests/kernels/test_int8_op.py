@@ -206,16 +206,6 @@ def test_bad_arguments_are_refused() -> None:
         cpu.linear(x, gate, None, scales)
 
 
-def test_triton_refuses() -> None:
-    triton = pytest.importorskip("moyu_kernels.ops.ffn.triton")
-    with pytest.raises(
-        ValueError, match="int8 weights have no triton op yet; load the checkpoint with weights='stored'"
-    ):
-        triton.gated_ffn(*next(cases(1, torch.float32)))
-    with pytest.raises(ValueError, match="int8 weights have no triton op yet"):
-        Int8GatedFFN(projections(), "silu", torch.zeros(192), [], "rule", "triton")
-
-
 def projections(dtype: torch.dtype = torch.float32) -> dict[str, nn.Linear]:
     torch.manual_seed(0)
     sizes = {"gate_proj": (64, 192), "up_proj": (64, 192), "down_proj": (192, 64)}

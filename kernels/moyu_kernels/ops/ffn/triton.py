@@ -23,9 +23,8 @@ from .triton_topk import least_kernel, list_kernel
 MAX_ROWS = 8
 RULES = ("threshold", "topk")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each
+ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each; 16 threads for int8
 RANKED = 4096  # keys that a program of `least_kernel` counts at once
-SLOTS = THREADS // 32  # neurons in work at once
 
 
 def plan(
@@ -39,10 +38,12 @@ def plan(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     keep: int = 0,
+    scales: Tensor | None = None,
+    column_scales: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of one call with their scratch, and the outputs y and counts that they fill.
 
-    fronts: gate and up, or up alone; keep: of the rule "topk", else 0.
+    fronts: gate and up, or up alone; keep: of the rule "topk", else 0; scales, column_scales: of int8 rows.
     """
     (n, d), f = x.shape, len(down)
     gate, up = fronts[0], fronts[1] if len(fronts) == 2 else None
@@ -50,12 +51,14 @@ def plan(
     lowbit = family in ("lowbit", "lowbit_up")
     planes = 8 // code_bits(predictor[0], d) if lowbit else 4
     r = predictor[0].shape[0] if family == "lowrank" else triton.cdiv(d, planes)
-    lists, columns = Lists.empty(n, down), ROW_BYTES // x.element_size()
+    lists, columns = Lists.empty(n, down), ROW_BYTES // max(down.element_size(), 2)
     blocks, tiles = len(lists.lengths), len(lists.tickets)
     # Where steps divide the rows the loads need no mask: it takes registers, enough of them to make ptxas spill.
     wished = range(8, 3, -1) if n <= 4 else range(4, 9)
     steps = next((s for s in wished if d % (s * columns) == 0), min(wished[0], triton.cdiv(d, columns)))
-    slots = SLOTS if up is not None else 2 * SLOTS  # as many loads in flight of one matrix
+    slots = THREADS * 16 // (columns * down.element_size())  # neurons in work at once, each thread with a load of one
+    if up is None or steps < 3:
+        slots *= 2  # as many loads in flight of one matrix, or of short rows
     # Rows of few steps need 3 programs on an SM to have enough loads in flight, longer ones 2.
     options = options_of(target, 168 if n <= 2 and steps < 4 else 255)
 
@@ -79,12 +82,12 @@ def plan(
     elif family == "given":
         score = (*(None,) * 12, *predictor)
     constants = {"RANKS": 128, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps, **lists.constants}
-    constants["EVEN"] = d % (columns * steps) == 0
+    constants |= {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
     launches.append(
         Launch(
             gate_up_kernel,
             (blocks,),
-            (x, gate, up, up_bias, threshold, *score, keys, *lists.tensors, f, d, r, tiles),
+            (x, gate, up, up_bias, scales, threshold, *score, keys, *lists.tensors, f, d, r, tiles),
             {"ACT": act, "PLANES": planes, **constants},
             options,
         )
@@ -92,9 +95,9 @@ def plan(
     if keys is not None:
         least, wide = empty(n, dtype=torch.int32), min(RANKED, triton.next_power_of_2(f))
         launches.append(Launch(least_kernel, (n,), (keys, least, f, keep), {"COLUMNS": wide}, options))
-        ranked = (keys, least, *lists.tensors[:-1], f)
+        ranked = (keys, least, scales, *lists.tensors[:-1], f)
         launches.append(Launch(list_kernel, (blocks,), ranked, lists.constants, options))
-    launch, y, counts = lists.sum_rows(down, down_bias, options)
+    launch, y, counts = lists.sum_rows(down, down_bias, options, x.dtype, column_scales)
     return [*launches, launch], y, counts
 
 
@@ -113,6 +116,8 @@ def _check(
     rule: str,
     keep: int,
     biases: dict[str, Tensor | None],
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> None:
     """Refuses what the kernels do not compute exactly; weights and biases by name, those of down last."""
     if rule not in RULES:
@@ -134,12 +139,19 @@ def _check(
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape
+    if {scales is None, columns is None} != {gate.dtype != torch.int8}:
+        raise ValueError(
+            f"{first} is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do"
+        )
+    held = x.dtype if scales is None else torch.int8
     expected = {
         "x": (x, (x.shape[0], d), x.dtype),
-        **{name: (weight, (f, d), x.dtype) for name, weight in weights.items()},
+        **{name: (weight, (f, d), held) for name, weight in weights.items()},
         **{n: (b, (d if n == "down_bias" else f,), x.dtype) for n, b in biases.items() if b is not None},
         "threshold": (threshold, (f,), torch.float32),
     }
+    if scales is not None and columns is not None:
+        expected |= {"scales": (scales, (3, f), torch.float32), "columns": (columns, (d,), torch.float32)}
     if predictor:
         needed = predictor_shapes(predictor, d, f)
         expected |= {name: (part, *want) for name, part, want in zip(names, predictor, needed, strict=True)}
@@ -173,31 +185,18 @@ def gated_ffn(
 ) -> tuple[Tensor, Tensor]:
     """`naive.gated_ffn` for 1 to 8 rows under the rules "threshold", 2 launches, 3 with a predictor, and "topk", 4.
 
-    Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype; threshold `[F]` fp32; act a name from
-        `ACTIVATIONS`; predictor `[]`, `[mask]` or the tensors of a family in `naive.PREDICTORS`. All contiguous, on one
-        device.
+    Args: x `[N, D]` bf16, fp16 or fp32; gate, up, down `[F, D]` of x's dtype, or int8 beside scales `[3, F]` and
+        columns `[D]` fp32; threshold `[F]` fp32; act a name from `ACTIVATIONS`; predictor `[]`, `[mask]` or the tensors
+        of a family in `naive.PREDICTORS`. All contiguous, on one device.
     Returns: y `[N, D]` of x's dtype, counts `[N, 2]` int32: neurons selected (F without a predictor), neurons kept.
     """
-    _check_gated(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
-    weights, ranked = ((gate, up), down, threshold), keep if rule == "topk" else 0
-    return run_on(x, lambda target: plan(x, *weights, act, predictor, target, keep=ranked))
+    _check(x, {"gate": gate, "up": up, "down": down}, threshold, act, predictor, rule, keep, {}, scales, columns)
+    fronts, ranked = (gate, up), keep if rule == "topk" else 0
 
+    def planned(target: GPUTarget) -> tuple[list[Launch], Tensor, Tensor]:
+        return plan(x, fronts, down, threshold, act, predictor, target, None, None, ranked, scales, columns)
 
-def _check_gated(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-    threshold: Tensor,
-    act: str,
-    predictor: list[Tensor],
-    rule: str,
-    keep: int,
-    scales: Tensor | None,
-) -> None:
-    if scales is not None:
-        raise ValueError("int8 weights have no triton op yet; load the checkpoint with weights='stored'")
-    _check(x, {"gate": gate, "up": up, "down": down}, threshold, act, predictor, rule, keep, {})
+    return run_on(x, planned)
 
 
 def run_on(x: Tensor, planned: Callable[[GPUTarget], tuple[list[Launch], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -230,7 +229,7 @@ def _(
     scales: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_gated(x, gate, up, down, threshold, act, predictor, rule, keep, scales)
+    _check(x, {"gate": gate, "up": up, "down": down}, threshold, act, predictor, rule, keep, {}, scales, columns)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
 

@@ -14,29 +14,30 @@ it multiplies it by zero, so weights must be finite.
 import triton
 import triton.language as tl
 
-from .triton_select import activate, quarters, select_lowbit, select_lowrank, zeros
+from .triton_select import activate, fused_sum, parts, select_lowbit, select_lowrank, zeros
 
 
 @triton.jit
 def gate_up_kernel(
-    x_ptr, gate_ptr, up_ptr, shift_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
+    x_ptr, gate_ptr, up_ptr, shift_ptr, scales_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
     PLANES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
-    EVEN: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
-    x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None;
-    threshold `[F]` fp32. Predictor, all None where all neurons are selected: hidden
-    `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums from `round_kernel`, codes
-    `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8,
-    bit n for row n. keys `[N, F]` int32 or None: under "topk" no threshold is applied, all values are written beside
-    what they are ranked by, and `triton_topk` goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held.
-    Out: values `[N, F]` fp32, written where selected; neurons `[F]` int32, the first `lengths[b]` entries of each
-    block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets `[C]` int32, zeroed here for
-    `down_kernel` so that no call needs a memset or finds a stale ticket.
+    x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None; scales
+    `[3, F]` fp32 of int8 rows of gate, up and down, or None; threshold `[F]` fp32. Predictor, all None where all
+    neurons are selected: hidden `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums
+    from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]`
+    fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or None: under "topk" no threshold is applied, all
+    values are written beside what they are ranked by, and `triton_topk` goes on. EVEN: D is a multiple of COLUMNS *
+    STEPS, so no mask is held. PARTS: columns to an accumulator.
+    Out: values `[N, F]` fp32, written where selected, times down's scales but where keys are; neurons `[F]` int32, the
+    first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets
+    `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
     """
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -70,8 +71,8 @@ def gate_up_kernel(
         neuron = block * BLOCK + tl.sum(tl.where(hit, lane[None, :], 0), 1)
         live = slot < selected
 
-        gate_acc = zeros(N, SLOTS, COLUMNS // 4)
-        up_acc = zeros(N, SLOTS, COLUMNS // 4)
+        gate_acc = zeros(N, SLOTS, COLUMNS // PARTS)
+        up_acc = zeros(N, SLOTS, COLUMNS // PARTS)
         for start in range(0, D, COLUMNS * STEPS):
             gates = ()
             ups = ()
@@ -85,17 +86,17 @@ def gate_up_kernel(
             tl.debug_barrier()
             for step in tl.static_range(STEPS):
                 d = start + step * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-                g0, g1, g2, g3 = quarters(gates[step].to(tl.float32))
+                gate = parts(gates[step].to(tl.float32), PARTS)
                 if up_ptr is not None:
-                    u0, u1, u2, u3 = quarters(ups[step].to(tl.float32))
+                    up = parts(ups[step].to(tl.float32), PARTS)
                 new_gate = ()
                 new_up = ()
                 for n in tl.static_range(N):
                     x = tl.load(x_ptr + n * D + d + 0 * slot[:, None], mask=(d < D) | EVEN, other=0.0)
-                    x0, x1, x2, x3 = quarters(x.to(tl.float32))
-                    new_gate += (tl.fma(g3, x3, tl.fma(g2, x2, tl.fma(g1, x1, tl.fma(g0, x0, gate_acc[n])))),)
+                    x = parts(x.to(tl.float32), PARTS)
+                    new_gate += (fused_sum(gate, x, gate_acc[n]),)
                     if up_ptr is not None:
-                        new_up += (tl.fma(u3, x3, tl.fma(u2, x2, tl.fma(u1, x1, tl.fma(u0, x0, up_acc[n])))),)
+                        new_up += (fused_sum(up, x, up_acc[n]),)
                 gate_acc = new_gate
                 if up_ptr is not None:
                     up_acc = new_up
@@ -106,6 +107,9 @@ def gate_up_kernel(
             g = tl.where(row == n, tl.sum(gate_acc[n], 1)[:, None], g)
             if up_ptr is not None:
                 u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
+        if scales_ptr is not None:
+            g *= tl.load(scales_ptr + neuron, mask=live, other=0.0)[:, None]
+            u *= tl.load(scales_ptr + F + neuron, mask=live, other=0.0)[:, None]
         if shift_ptr is not None:
             g += tl.load(shift_ptr + neuron, mask=live, other=0.0).to(tl.float32)[:, None]
         a = activate(g, ACT)
@@ -120,6 +124,8 @@ def gate_up_kernel(
         else:
             keep = keep & (tl.abs(a) >= threshold[:, None]) & (a != 0)
         kept += keep.to(tl.int32)
+        if scales_ptr is not None and keys_ptr is None:
+            a *= tl.load(scales_ptr + 2 * F + neuron, mask=live, other=0.0)[:, None]
         tl.store(values_ptr + row * F + neuron[:, None], tl.where(keep, a, 0.0), mask=live[:, None] & (row < N))
 
         listed = tl.max(keep.to(tl.int32), 1)
@@ -136,15 +142,15 @@ def gate_up_kernel(
 
 @triton.jit
 def down_kernel(
-    down_ptr, shift_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr, y_ptr,
-    counts_ptr, F, D, BLOCKS, ALL_CHAINS,
+    down_ptr, columns_ptr, shift_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr,
+    y_ptr, counts_ptr, F, D, BLOCKS, ALL_CHAINS,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LINKS: tl.constexpr, CHAINS: tl.constexpr,
     COLUMNS: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`y = a @ down + shift` over some chains and one tile of columns; the tile's last program adds up all chains.
+    """`y = (a @ down) * columns + shift` over some chains, one tile of columns; its last program adds up all chains.
 
-    down `[F, D]`; shift `[D]` or None; values, neurons, lengths, tallies, tickets as left by `gate_up_kernel`; partials
-    `[S, N, D]` fp32 scratch. Out: y `[N, D]` of down's dtype, counts `[N, 2]` int32.
+    down `[F, D]`; columns `[D]` fp32 of int8 rows or None; shift `[D]` or None; values, neurons, lengths, tallies,
+    tickets as left by `gate_up_kernel`; partials `[S, N, D]` fp32 scratch. Out: y `[N, D]`, counts `[N, 2]` int32.
     """
     tile = tl.program_id(1).to(tl.int64)
     chain = tl.program_id(0).to(tl.int64) * CHAINS + tl.arange(0, CHAINS)
@@ -177,6 +183,8 @@ def down_kernel(
             weights += (tl.load(down_ptr + offset, mask=inside, other=0.0),)
         tl.debug_barrier()  # as in `gate_up_kernel`
         for step in tl.static_range(STEPS):
+            if VECTOR == 16 and N > 4 and step % 3 == 0 and step > 0:
+                tl.debug_barrier()  # against values of too many steps in registers at once
             w = weights[step].to(tl.float32)
             new = ()
             for n in tl.static_range(N):
@@ -209,6 +217,8 @@ def down_kernel(
                 partials += (tl.load(line_ptr, mask=live, other=0.0, cache_modifier=".cg"),)
             for run in tl.static_range(RUNS):
                 y += partials[run]
+        if columns_ptr is not None:
+            y *= tl.load(columns_ptr + column, mask=inside, other=0.0)
         if shift_ptr is not None:
             y += tl.load(shift_ptr + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(y_ptr + row * D + column, y.to(y_ptr.dtype.element_ty), mask=inside)

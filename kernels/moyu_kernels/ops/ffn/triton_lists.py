@@ -50,27 +50,35 @@ class Lists:
         return {"N": rows, "ROWS": triton.next_power_of_2(rows), "BLOCK": self.block}
 
     def sum_rows(
-        self, weight: Tensor, bias: Tensor | None, options: dict[str, int | bool]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: dict[str, int | bool],
+        dtype: torch.dtype,
+        columns: Tensor | None = None,
     ) -> tuple[Launch, Tensor, Tensor]:
-        """The launch of `down_kernel`, and the outputs that it fills: y `[N, D]` of weight's dtype, counts `[N, 2]`."""
+        """The launch of `down_kernel`, and the outputs that it fills: y `[N, D]` of `dtype`, counts `[N, 2]`.
+
+        columns: fp32 `[D]` of int8 rows, which y is multiplied by.
+        """
         (f, d), n, blocks = weight.shape, len(self.values), len(self.lengths)
         links = min(4, triton.next_power_of_2(triton.cdiv(blocks, 64)))  # about 64 chains: few partial sums
         chains = triton.cdiv(blocks, links)
-        y = torch.empty(n, d, dtype=weight.dtype, device=weight.device)
+        y = torch.empty(n, d, dtype=dtype, device=weight.device)
         counts = torch.empty(n, 2, dtype=torch.int32, device=weight.device)
         partials = torch.empty(chains, n, d, dtype=torch.float32, device=weight.device)
         launch = Launch(
             down_kernel,
             (triton.cdiv(chains, CHAINS), len(self.tickets)),
-            (weight, bias, *self.tensors, partials, y, counts, f, d, blocks, chains),
+            (weight, columns, bias, *self.tensors, partials, y, counts, f, d, blocks, chains),
             {
                 **self.constants,
                 "LINKS": links,
                 "CHAINS": CHAINS,
                 "COLUMNS": TILE_BYTES // weight.element_size(),
                 "VECTOR": 16 // weight.element_size(),
-                "STEPS": 16 if n <= 4 else 12,
-                "RUNS": min(32, 128 // triton.next_power_of_2(n)),
+                "STEPS": 16 if n <= 4 else 12 if weight.element_size() > 1 else 8,
+                "RUNS": min(32, (128 if weight.element_size() > 1 else 64) // triton.next_power_of_2(n)),
             },
             options,
         )

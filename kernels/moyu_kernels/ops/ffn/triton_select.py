@@ -26,12 +26,21 @@ def halves(a):
 
 
 @triton.jit
-def quarters(a):
-    """Every fourth column of `[ROWS, COLUMNS]` from the first, second, third and fourth on, as in `halves`."""
+def parts(a, PARTS: tl.constexpr):
+    """Columns of `[ROWS, COLUMNS]` in PARTS, 4 or 8, tuples of those with neighbours in other parts, as in `halves`."""
     even, odd = halves(a)
-    a0, a2 = halves(even)
-    a1, a3 = halves(odd)
-    return a0, a1, a2, a3
+    found = halves(even) + halves(odd)
+    if PARTS == 8:
+        found = halves(found[0]) + halves(found[1]) + halves(found[2]) + halves(found[3])
+    return found
+
+
+@triton.jit
+def fused_sum(a, b, acc):
+    """`acc + sum(a * b)` of two equal tuples, one after another."""
+    for part in tl.static_range(len(a)):
+        acc = tl.fma(a[part], b[part], acc)
+    return acc
 
 
 @triton.jit

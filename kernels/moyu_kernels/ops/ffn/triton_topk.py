@@ -38,13 +38,13 @@ def least_kernel(keys_ptr, least_ptr, F, K, COLUMNS: tl.constexpr):
 
 @triton.jit
 def list_kernel(
-    keys_ptr, least_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, F,
+    keys_ptr, least_ptr, scales_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, F,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Lists the neurons of one block that some row keeps: those with a key of its `least` or more, and not zero.
 
-    values `[N, F]` are set to zero where they are not kept; neurons, lengths and tallies as `gate_up_kernel` leaves
-    them.
+    values `[N, F]` are set to zero where they are not kept, others times `scales[2]` if there are scales; neurons,
+    lengths and tallies as `gate_up_kernel` leaves them.
     """
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -56,6 +56,8 @@ def list_kernel(
     a = tl.load(values_ptr + place, mask=inside, other=0.0)
     least = tl.load(least_ptr + row, mask=row < N, other=0)
     keep = inside & (key >= least[:, None]) & (tl.abs(a) > 0)
+    if scales_ptr is not None:
+        a *= tl.load(scales_ptr + 2 * F + f, mask=f < F, other=0.0)[None, :]
     tl.store(values_ptr + place, tl.where(keep, a, 0.0), mask=inside)
     listed = tl.max(keep.to(tl.int32), 0)
     tl.store(neurons_ptr + block * BLOCK + tl.cumsum(listed, 0) - 1, f.to(tl.int32), mask=listed != 0)

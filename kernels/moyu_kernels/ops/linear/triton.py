@@ -52,7 +52,7 @@ def plan(
     lists, options = Lists.empty(len(x), weight), options_of(target)
     arguments = (x, threshold, *lists.tensors, len(weight), len(lists.tickets))
     first = Launch(inputs_kernel, (len(lists.lengths),), arguments, lists.constants, options)
-    last, y, counts = lists.sum_rows(weight, bias, options)
+    last, y, counts = lists.sum_rows(weight, bias, options, x.dtype)
     return [first, last], y, counts
 
 

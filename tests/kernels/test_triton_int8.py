@@ -1,0 +1,108 @@
+"""Int8 rows in Triton against their naive twin, with Triton's interpreter (`test_triton_ffn`)."""
+
+from typing import Any
+
+import pytest
+import torch
+from moyu_kernels.ops.ffn import naive
+from moyu_kernels.quantised import Int8GatedFFN
+from predictors import KINDS
+from test_cpu_ops import ffn_arguments
+from test_int8_op import cases, in_int8, projections
+from test_topk import topk_arguments
+from test_triton_ffn import RTOL, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
+from torch import Tensor
+
+
+def run(arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    from moyu_kernels.ops.ffn import triton
+
+    return triton.gated_ffn(*arguments)
+
+
+def check(arguments: list[Any]) -> tuple[Tensor, Tensor]:
+    """Runs the kernel, compares with the naive twin in fp32 and returns what the kernel returned."""
+    y, counts = run(arguments)
+    expected, expected_counts = naive.gated_ffn(arguments[0].float(), *arguments[1:])
+    assert torch.equal(counts, expected_counts)
+    assert y.dtype == arguments[0].dtype
+    torch.testing.assert_close(y.float(), expected, rtol=RTOL[y.dtype], atol=2e-5)
+    return y, counts
+
+
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
+@pytest.mark.parametrize("sizes", [(65, 193, 17), (600, 40, 8), (3, 5, 1)])
+def test_equals_naive(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    known = [case for case in cases(rows, dtype, sizes) if case[7] in ("threshold", "topk")]
+    assert len(known) == 2 + len(KINDS)
+    for case in known:
+        check(case)
+
+
+@interpreted
+def test_down_rows_of_zeros_count_as_kept() -> None:
+    for arguments in (
+        in_int8([*ffn_arguments(2, torch.float32)[:6], []]),
+        in_int8(topk_arguments(2, torch.float32, 50)),
+    ):
+        _, counts = check(arguments)
+        arguments[3][::2] = 0
+        arguments[9][2, ::2] = 0
+        assert torch.equal(check(arguments)[1], counts)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(kind: str) -> None:
+    x, *rest = in_int8(ffn_arguments(8, torch.float32, (65, 97, 17), family=kind))
+    y, counts = run([x, *rest])
+    assert torch.equal(run([x, *rest])[0], y)
+    for row in (0, 6):
+        alone, alone_counts = run([x[row : row + 1], *rest])
+        assert torch.equal(alone[0], y[row])
+        assert torch.equal(alone_counts[0], counts[row])
+
+
+@interpreted
+def test_scales_of_rows_that_are_not_needed_are_not_used() -> None:
+    arguments = in_int8(ffn_arguments(3, torch.bfloat16, family="lowrank"))
+    y, _ = run(arguments)
+    act = naive.ACTIVATIONS[arguments[5]]
+    selected = (naive.predictor_scores(arguments[0].float(), arguments[6], act) > 0).any(0)
+    assert 0 < selected.sum() < len(selected)
+    arguments[9][:, ~selected] = torch.nan
+    assert torch.equal(run(arguments)[0], y)
+
+
+@interpreted
+def test_a_block_decodes_as_on_the_reference() -> None:
+    block = Int8GatedFFN(projections(), "silu", torch.full((192,), 0.01), [], "rule", "triton")
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(block(x), block.set_mode("rule", "reference")(x), rtol=1e-5, atol=1e-6)
+
+
+@interpreted
+def test_library_checks() -> None:
+    from moyu_kernels.ops.ffn import triton
+
+    arguments = in_int8([*ffn_arguments(2, torch.float32, (16, 32, 4))[:6], []])
+    torch.library.opcheck(triton.gated_ffn, tuple(arguments))
+
+
+def test_refuses() -> None:
+    x, gate, up, down, *rest, scales, columns = in_int8([*ffn_arguments(1, torch.float32)[:6], []])
+    for weights, vectors, message in (
+        ((gate, up, down), (None, None), r"gate is torch\.int8: int8 weights go with scales"),
+        ((gate.float(), up, down), (scales, columns), "int8 weights go with scales"),
+        ((gate, up.float(), down), (scales, columns), r"up is torch\.float32 .* expected torch\.int8"),
+        ((gate, up, down), (scales[:2], columns), r"scales is .* \[2, 193\]: expected torch\.float32 \[3, 193\]"),
+        ((gate, up, down), (scales, columns.half()), r"columns is torch\.float16 \[65\]: expected torch\.float32"),
+        ((gate, up, down), (scales, None), "int8 weights go with scales"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run([x, *weights, *rest, *vectors])
