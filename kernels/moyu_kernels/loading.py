@@ -31,6 +31,7 @@ def from_pretrained(
     mode: str = "predicted",
     weights: str | None = None,
     dispatch: str = "off",
+    device_map: Any = None,
 ) -> Any:
     """Load a sparse checkpoint for inference.
 
@@ -46,25 +47,30 @@ def from_pretrained(
         dispatch: "measure" times on this machine, once, up to which density predictors pay, and blocks of which more is
             selected decode in mode "rule", with a warning: at batch 1, and for a `Runner` at its batch
             (`dispatch.choose`). "off" leaves all in `mode`.
+        device_map: of transformers, such as "auto", "cuda" or `{"": 0}`: where the weights go, and with them thresholds
+            and predictors; the backend "auto" is that of the device of each block. Default the CPU.
 
     Returns: the stock transformers model, in eval mode and without gradients, its gated FFN blocks replaced by
         `SparseGatedFFN`, and of plain ones the projections by `SparsePlainFFN`. Other blocks keep their dense module
         under the rule's mask. With routers of heads, attention is `attn_implementation="moyu"`. The config carries the
         marker, so that stock transformers refuses what `save_pretrained` writes.
 
-    Raises: CheckpointError where a file is missing, changed, stale or of another format version, or a block has no op
-        that takes int8 weights; ValueError for an unknown `dispatch`, or one that has nothing to choose from.
+    Raises: CheckpointError where a file is missing, changed, stale or of another format version, a block has no op
+        that takes int8 weights, or `device_map` leaves weights on the disk; ValueError for an unknown `dispatch`, or
+        one that has nothing to choose from.
     """
     if dispatch not in DISPATCH:
         raise ValueError(f"dispatch {dispatch!r} is unknown; use one of {', '.join(DISPATCH)}")
     with reading(folder):
-        model = _from_pretrained(Path(folder), dtype, backend, mode, weights)
+        model = _from_pretrained(Path(folder), dtype, backend, mode, weights, device_map)
     if dispatch == "measure":
         start_dispatch(model)
     return model
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None) -> Any:
+def _from_pretrained(
+    folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None, device_map: Any
+) -> Any:
     manifest = read_manifest(folder)
     raw, block_list, settings = read_config(folder)
     weights = settings.get("weights", "stored") if weights is None else weights
@@ -81,7 +87,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype | None, backend: str, mode
         what = f"a simulated predictor ({found['family']}, which no op computes)" if found else "no predictor"
         logger.warning("moyu: %s has %s: mode 'rule' is used, which reads every gate row at least", folder, what)
         mode = "rule"
-    model, marker = _load_stock(folder, settings, dtype)
+    model, marker = _load_stock(folder, settings, dtype, device_map)
     states: list[PromptState] = []
     for index, block in enumerate(block_list):
         threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
@@ -105,7 +111,7 @@ def config_owner(config: Any, field: str) -> Any:
     return config if field in config.to_dict() else config.get_text_config()
 
 
-def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | None) -> tuple[Any, str]:
+def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | None, device_map: Any) -> tuple[Any, str]:
     """The dense model from its stock class, and the marker that its config held."""
     import transformers
 
@@ -121,11 +127,18 @@ def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | Non
             f"{folder} needs {name}, which transformers {transformers.__version__} does not have; install one that does"
         )
     loader: Any = cls
-    model, info = loader.from_pretrained(folder, config=config, dtype=dtype or "auto", output_loading_info=True)
+    model, info = loader.from_pretrained(
+        folder, config=config, dtype=dtype or "auto", device_map=device_map, output_loading_info=True
+    )
     if info["missing_keys"] or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder}: the weight files lack {sorted(info['missing_keys'])} and do not fit "
             f"{sorted(info['mismatched_keys'])}; export the checkpoint again"
+        )
+    if offloaded := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise CheckpointError(
+            f"{folder}: device_map {device_map!r} leaves {len(offloaded)} weights ({offloaded[0]}, …) out of memory, "
+            "where no kernel can read their rows; name devices that hold the whole model"
         )
     return model, marker
 

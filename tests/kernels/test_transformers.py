@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels import from_pretrained
+from moyu_kernels.checkpoint import CheckpointError
 from sparse_checkpoints import tiny_llama, write_checkpoint, write_manifest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
@@ -61,3 +62,14 @@ def test_sharded_weights_are_read_and_checked(tmp_path: Path) -> None:
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     ids = torch.randint(128, (1, 6))
     assert torch.equal(from_pretrained(sharded)(ids).logits, from_pretrained(whole)(ids).logits)
+
+
+def test_a_device_map_places_all_or_is_refused(checkpoint: Factory, tmp_path: Path) -> None:
+    folder = checkpoint(tiny_llama(torch.float32))
+    ids = torch.randint(128, (1, 6))
+    placed = from_pretrained(folder, device_map={"": "cpu"})
+    assert torch.equal(placed(ids).logits, from_pretrained(folder)(ids).logits)
+    on_disk = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    on_disk |= {f"model.layers.{index}": "disk" for index in range(placed.config.num_hidden_layers)}
+    with pytest.raises(CheckpointError, match=r"weights \(model\.layers\.0.* out of memory, .*hold the whole model"):
+        from_pretrained(folder, device_map=on_disk)
