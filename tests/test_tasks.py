@@ -211,6 +211,25 @@ def test_tasks_of_a_folder_and_of_a_yaml_file(files: dict[str, str], tmp_path: P
         assert figures["jars"]["sparse"]["acc"] == pytest.approx(expected)
 
 
+def test_lm_evals_own_tasks_on_local_files(tmp_path: Path) -> None:
+    """MMLU by likelihoods, GSM8K by generation with its two ways to find the number."""
+    sums = [{"question": f"Tom has {i} jars. How many?", "answer": f"He has {i}.\n#### {i}"} for i in range(8)]
+    parts = [
+        {"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4, "subject": "x"}
+        for i in range(5)
+    ]
+    data = {"gsm8k": save_rows(tmp_path / "gsm.jsonl", sums), "mmlu_anatomy": save_rows(tmp_path / "mmlu.jsonl", parts)}
+    tasks = Tasks(Evaluate(tasks=tuple(data), task_data=data, task_limit=3), tokenizer())
+    tasks.add("dense", tiny_model())
+    tasks.add("sparse", tiny_model())
+    figures = tasks.figures()["tasks"]
+    assert {name: row["examples"] for name, row in figures.items()} == {"gsm8k": 3, "mmlu_anatomy": 3}
+    for way in ("strict-match", "flexible-extract"):
+        assert 0 <= figures["gsm8k"]["sparse"][f"exact_match/{way}"] <= 1
+        assert figures["gsm8k"]["sparse"][f"exact_match/{way}_minus_dense"] == 0
+    assert figures["mmlu_anatomy"]["sparse"]["acc"] == figures["mmlu_anatomy"]["dense"]["acc"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
