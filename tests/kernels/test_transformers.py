@@ -64,7 +64,7 @@ def test_sharded_weights_are_read_and_checked(tmp_path: Path) -> None:
     assert torch.equal(from_pretrained(sharded)(ids).logits, from_pretrained(whole)(ids).logits)
 
 
-def test_a_device_map_places_all_or_is_refused(checkpoint: Factory, tmp_path: Path) -> None:
+def test_a_device_map_places_all_or_is_refused(checkpoint: Factory) -> None:
     folder = checkpoint(tiny_llama(torch.float32))
     ids = torch.randint(128, (1, 6))
     placed = from_pretrained(folder, device_map={"": "cpu"})

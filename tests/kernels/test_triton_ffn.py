@@ -32,6 +32,20 @@ def run_interpreted(file: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def agree(
+    found: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    atol: float,
+    equal_nan: bool = False,
+) -> None:
+    """The y of a kernel, of `dtype`, is its naive twin's in fp32, and the counts are its counts."""
+    y, counts = found
+    assert torch.equal(counts, expected[1])
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), expected[0], rtol=RTOL[dtype], atol=atol, equal_nan=equal_nan)
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fills the memory that `torch.empty` hands out with NaN or the largest integer."""
@@ -88,13 +102,10 @@ def run(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def check(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Runs the kernel, compares with the naive twin in fp32 and returns what the kernel returned."""
-    y, counts = run(args)
+    found = run(args)
     weights = {name: args[name].float() for name in ("x", "gate", "up", "down")}
-    expected, expected_counts = naive.gated_ffn(**(args | weights))
-    assert torch.equal(counts, expected_counts)
-    assert y.dtype == args["x"].dtype
-    torch.testing.assert_close(y.float(), expected, rtol=RTOL[y.dtype], atol=2e-6)
-    return y, counts
+    agree(found, naive.gated_ffn(**(args | weights)), args["x"].dtype, 2e-6)
+    return found
 
 
 def test_under_the_interpreter() -> None:

@@ -139,7 +139,7 @@ def _check(
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape
-    if {scales is None, columns is None} != {gate.dtype != torch.int8}:
+    if first == "gate" and {scales is None, columns is None} != {gate.dtype != torch.int8}:
         raise ValueError(
             f"{first} is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do"
         )
