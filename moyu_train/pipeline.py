@@ -180,14 +180,18 @@ class Run:
         source = self.recipe.data.test
         return data.tokenise(data.read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> Any:
-        return load_dense(self.source, dtype, self.recipe.described)
+    def dense(self, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+        return load_dense(self.source, dtype, self.recipe.described, device)
+
+    def to_train(self) -> Any:
+        """The dense model on the CPU: whoever trains it places or shards it."""
+        return self.dense(device="cpu")
 
     def parent(self) -> Any:
-        """The dense model that fine-tuning distils from."""
+        """The dense model that fine-tuning distils from, on the CPU too."""
         if self.recipe.finetune.parent == CONTROL:
-            return load_dense(self.stage_folder("control") / self.figures("control")["model"])
-        return load_dense(self._parent) if self.recipe.finetune.parent else self.dense()
+            return load_dense(self.stage_folder("control") / self.figures("control")["model"], device="cpu")
+        return load_dense(self._parent, device="cpu") if self.recipe.finetune.parent else self.to_train()
 
     @cached_property
     def inputs_digest(self) -> str:

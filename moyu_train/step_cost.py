@@ -53,7 +53,7 @@ class Stepper:
             report_to="none",
             remove_unused_columns=False,
         )
-        model = run.dense()
+        model = run.to_train()
         common: dict[str, Any] = {"args": arguments, "train_dataset": Windows(self.windows)}
         self.trainer: Trainer
         if variant == "plain":
@@ -68,7 +68,7 @@ class Stepper:
             self.trainer = SparsityTrainer(
                 model=adapt(model, settings.lora) if whole and settings.lora else model,
                 sparsity=sparsity,
-                parent=run.dense() if whole and needs_parent(recipe) else None,
+                parent=run.to_train() if whole and needs_parent(recipe) else None,
                 kl_weight=settings.kl_weight if whole else 0.0,
                 lm_weight=settings.lm_weight if whole else 1.0,
                 kl_top_k=settings.kl_top_k if whole else None,

@@ -20,15 +20,16 @@ NAMES = (
     *("speedup_over_dense", "limit_speedup", "threads", "shape", "weights", "rounds", "load_average"),
 )
 TINY = Shape(64, 192, 3, 4, 2, 128, True, built=2)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny shape, a small cache, and a bandwidth that no timing here can reach."""
     monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", TINY)
-    monkeypatch.setattr(bench_cases, "cache_bytes", lambda: 2**18)
+    monkeypatch.setattr(bench_cases, "cache_bytes", lambda device: 2**18)
     monkeypatch.setattr(bench_ops, "TURN", 1e-4)
-    for module in (bench_ops.cpu, bench):
+    for module in (bench_ops, bench):
         monkeypatch.setattr(module, "read_bandwidth", lambda buffer: 1e4)
 
 
@@ -101,7 +102,7 @@ def test_the_timed_calls_skip_what_the_rows_say() -> None:
     """The ops' own counts on the inputs of a case, against what its bytes are computed from."""
     assert bench_ops.cpu.load()
     x = torch.randn(bench_cases.INPUTS * 3, 64, generator=torch.Generator().manual_seed(0))
-    weights = bench_cases.Weights(TINY, torch.float32)
+    weights = bench_cases.Weights(TINY, torch.float32, CPU)
     case = bench_cases.Case(weights, x, 0.2, (1,))
     plain = case.plain()[1]
     for setting in (*case.sparse(), *plain):
@@ -126,7 +127,7 @@ def test_int8_cases() -> None:
     """Rows of 64 bytes, all scales read; the dense rivals compute the same on them."""
     assert bench_ops.cpu.load()
     x = torch.randn(bench_cases.INPUTS * 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    weights = bench_cases.Weights(TINY, torch.int8)
+    weights = bench_cases.Weights(TINY, torch.int8, CPU)
     scales = 4 * (3 * 192 + 64)
     assert weights.bytes == 3 * 64 * 192 + scales
     case = bench_cases.Case(weights, x, 0.2, (1,))
@@ -159,7 +160,7 @@ def test_model_of_a_shape_in_int8(tmp_path: Path) -> None:
 
 
 def test_cold_weights() -> None:
-    weights = bench_cases.Weights(TINY, torch.bfloat16)
+    weights = bench_cases.Weights(TINY, torch.bfloat16, CPU)
     assert weights.count * weights.bytes >= 8 * 2**18
     assert weights.count % bench_cases.INPUTS
     assert torch.equal(weights[0][1], weights[weights.count - 1][1])
@@ -223,6 +224,6 @@ def test_refusals(options: list[str], message: str, capsys: pytest.CaptureFixtur
 
 
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_cases, "cache_bytes", lambda: 2**50)
+    monkeypatch.setattr(bench_cases, "cache_bytes", lambda device: 2**50)
     with pytest.raises(MoyuError, match="copies of the weights, 8 times the last-level cache"):
-        bench_cases.Weights(TINY, torch.float32)
+        bench_cases.Weights(TINY, torch.float32, CPU)

@@ -168,11 +168,11 @@ def time_ways(blocks: Sequence[SparseFFN], batch: int) -> Times:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS + 1):
         for name, bias in ways.items():
-            started = _now(x.device)
+            started = now(x.device)
             for block in blocks:
                 predictor = [] if bias is None else [*block.predictor[:-1], bias]
                 block.run_op(x, predictor)
-            seconds[name].append((_now(x.device) - started) / len(blocks))
+            seconds[name].append((now(x.device) - started) / len(blocks))
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}  # the first one warms up
 
 
@@ -181,7 +181,8 @@ def _input_dtype(block: SparseFFN) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

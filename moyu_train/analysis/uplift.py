@@ -53,7 +53,7 @@ def uplift_curve(model: Any, documents: Documents, tokens: int, sparsities: Sequ
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
             n = a.abs().float() * (norms[layer] if expert is None else norms[layer][expert])
             count = round((1 - sparsity) * n.shape[-1])  # noqa: B023 - the hook lives no longer than this pass
-            return largest(n, torch.full(n.shape[:-1], count))
+            return largest(n, torch.full(n.shape[:-1], count, device=n.device))
 
         with Masking(blocks, keep):
             perplexity = score(model, documents, 1024, f"analyze: oracle {sparsity:.0%} off", tokens).perplexity

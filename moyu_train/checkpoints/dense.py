@@ -39,7 +39,7 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
         )
     if out.exists():
         raise MoyuError(f"{str(out)!r} exists; give another folder")
-    model = load_dense(folder, "auto")
+    model = load_dense(folder, "auto", device="cpu")
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     check_writable(out.parent, 2 * stored)
     clear_marker(model.config)

@@ -41,7 +41,7 @@ def export_gguf(source: str, out: Path, engine: str) -> dict[str, Any]:
 def _for_llamacpp(folder: Path, out: Path) -> dict[str, Any]:
     if (folder / "moyu").is_dir():
         _refuse_sparse(folder)
-    model = load_dense(folder, "auto")
+    model = load_dense(folder, "auto", device="cpu")
     config, activation = model.config, marked_rule(model.config) or base_activation(model.config)
     if activation not in DENSE:
         raise MoyuError(f"{str(folder)!r} computes {activation} in its FFN, and {_nonsense(config)}")
@@ -86,7 +86,7 @@ def _for_powerinfer(folder: Path, out: Path) -> dict[str, Any]:
             f"{str(folder)!r} has sparse inputs of linear layers or int8 weights, which PowerInfer has not; export it "
             "with inputs: null and export.weights: stored"
         )
-    model = load_dense(folder, "auto")
+    model = load_dense(folder, "auto", device="cpu")
     layers, tensors = matrices(folder, model), entries(model, torch.float16)
     _check_graph(model.config, tensors)
     if model.config.tie_word_embeddings:

@@ -25,7 +25,7 @@ FIT = "predictor: {name: mlp, biases: false} and calibrate: {cut: 0}"
 def export_powerinfer(folder: Path, out: Path) -> dict[str, Any]:
     """Write `model_<layer>.pt` into `out`, fp32 `fc1.weight` `[R, D]` and `fc2.weight` `[F, R]`."""
     check_whole(folder)
-    layers = matrices(folder, load_dense(folder, "auto"))
+    layers = matrices(folder, load_dense(folder, "auto", device="cpu"))
     out.mkdir(parents=True, exist_ok=True)
     for index, (fc1, fc2) in enumerate(layers):
         torch.save({"fc1.weight": fc1, "fc2.weight": fc2}, out / f"model_{index}.pt")

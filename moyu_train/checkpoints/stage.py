@@ -42,7 +42,7 @@ def recorded(recipe: Recipe, calibrated: dict[str, Any]) -> dict[str, Any]:
 def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     """Write the sparse checkpoint into `export/checkpoint` of the run folder."""
     dtype = getattr(torch, run.recipe.export.dtype)
-    model = load_dense(run.stage_folder("finetune") / "model", dtype)
+    model = load_dense(run.stage_folder("finetune") / "model", dtype, device="cpu")
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     thresholds, predictors = read(run.before("export"))
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name

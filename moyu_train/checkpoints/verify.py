@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import moyu_kernels
 import torch
 from moyu_kernels.checkpoint import CheckpointError
 from torch import Tensor
@@ -16,7 +15,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.replay import parts_of, record, replay
 from moyu_train.files import read_json, reading
-from moyu_train.models.loading import load_dense
+from moyu_train.models.loading import load_dense, load_sparse
 
 TOLERANCE = 1e-4  # largest relative difference of logits in fp32
 STEPS = 8  # tokens that are decoded one by one
@@ -53,12 +52,13 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     Raises: MoyuError where any of it does not hold.
     """
     try:
-        sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="rule")
+        sparse = load_sparse(folder, dtype=torch.float32, mode="rule")
     except CheckpointError as error:
         raise MoyuError(str(error)) from error
     vocabulary = sparse.config.get_text_config().vocab_size
     rules, predictors = read_state(folder)
     ids = torch.randint(vocabulary, (1, rules[0].prompt + tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(sparse.device)
     found = decode_logits(sparse, ids)
     marker = marker_of(folder)
     stock = load_dense(folder)
@@ -79,7 +79,7 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     del sparse
     differ = not figures["logits_relative_error"] < TOLERANCE
     if differ and parts:
-        found = decode_logits(moyu_kernels.from_pretrained(folder, dtype=torch.float32, mode="dense"), ids)
+        found = decode_logits(load_sparse(folder, dtype=torch.float32, mode="dense"), ids)
         with SparseMasks(stock, [rule.unmasked for rule in rules], None):
             figures["dense_relative_error"] = relative(found, stock(input_ids=ids, use_cache=False).logits)
         differ = not figures["dense_relative_error"] < TOLERANCE
@@ -114,7 +114,7 @@ def stock_gap(folder: Path, ids: Tensor, logits: Tensor) -> tuple[float | None, 
     Args: ids `[B, T]`; logits: expected, `[B, T, V]`. Returns: it, and the end of what was printed.
     """
     with tempfile.TemporaryDirectory() as place:
-        torch.save({"ids": ids, "logits": logits}, f"{place}/expected.pt")
+        torch.save({"ids": ids.cpu(), "logits": logits.cpu()}, f"{place}/expected.pt")
         command = [sys.executable, "-c", STOCK_LOAD, str(folder), f"{place}/expected.pt"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     words = result.stdout.split()

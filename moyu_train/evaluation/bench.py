@@ -9,13 +9,14 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import moyu_kernels
 import torch
+from moyu_kernels.dispatch import now
 from moyu_kernels.modules import SparseModule
-from moyu_kernels.ops.cpu import read_bandwidth
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 from torch import Tensor
 from transformers import StaticCache
@@ -25,9 +26,10 @@ from moyu_train.checkpoints.stage import CHECKPOINT
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, heads_skipped, inputs_skipped
 from moyu_train.evaluation.bench_llamacpp import KINDS, LlamaCpp, llamacpp_files, load
+from moyu_train.evaluation.yardstick import bandwidth_buffer, read_bandwidth
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.int8 import int8_twin
-from moyu_train.models.loading import load_dense
+from moyu_train.models.loading import load_dense, load_sparse
 from moyu_train.progress import track
 from moyu_train.settings_export import Bench
 
@@ -44,18 +46,20 @@ class Decoder(Protocol):
 
 
 class StockDecoder:
-    """transformers with a static cache, its single-token forward eager or compiled."""
+    """transformers with a static cache, its single-token forward eager or compiled, on a GPU with its CUDA graphs."""
 
     def __init__(self, model: Any, max_length: int, compiled: bool) -> None:
         self.model = model
-        self.token, self.position = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+        self.token, self.position = (torch.zeros(1, 1, dtype=torch.int64, device=model.device) for _ in range(2))
         self.cache = StaticCache(model.config, max_cache_len=max_length)
-        self._forward: Callable[..., Any] = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+        mode = "reduce-overhead" if model.device.type == "cuda" else None
+        forward = model.forward
+        self._forward: Callable[..., Any] = torch.compile(forward, fullgraph=True, mode=mode) if compiled else forward
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> None:
         self.cache.reset()
-        self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1)
+        self.model(input_ids=ids.to(self.model.device), past_key_values=self.cache, logits_to_keep=1)
         self.position.fill_(ids.shape[1])
 
     def seek(self, position: int) -> None:
@@ -90,7 +94,7 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
         raise MoyuError(f"{str(folder)!r} has predictors that no op computes (simulated), so no speed to measure")
     started = time.monotonic()
-    sparse = moyu_kernels.from_pretrained(folder)
+    sparse = load_sparse(folder)
     if not any(isinstance(module, moyu_kernels.SparseFFN) for module in sparse.modules()):
         raise MoyuError(f"{str(folder)!r} runs simulated (masked after dense matmuls), so it has no speed to measure")
     load_seconds = time.monotonic() - started
@@ -99,11 +103,11 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     runners = {"dense_runner": load_dense(folder, sparse.dtype), "sparse": sparse}
     if read_weights(folder) == "int8":
         runners["dense_int8"] = int8_twin(dense)
-    buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
+    settings, buffer = of_device(settings, sparse.device), bandwidth_buffer(sparse.device)
     rows: list[dict[str, Any]] = []
     before = torch.get_num_threads()
     try:
-        with llamacpp_files(dense) as files:
+        with rival_files(dense) as files:
             for context in settings.contexts:
                 decoders = make_decoders(dense, runners, context + settings.new_tokens + 1, settings, files)
                 rows += time_decoders(decoders, sparse, dense, text, context, settings, buffer)
@@ -111,8 +115,29 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
         torch.set_num_threads(before)
         torch.compiler.reset()
     gc.collect()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rows": rows, "load_seconds": load_seconds, "peak_memory_bytes": peak, **summary(rows, settings)}
+    return {
+        "rows": rows,
+        "load_seconds": load_seconds,
+        "peak_memory_bytes": peak_memory(sparse.device),
+        **summary(rows, settings),
+    }
+
+
+def of_device(settings: Bench, device: torch.device) -> Bench:
+    """On a GPU the threads of the CPU say nothing."""
+    return settings if device.type == "cpu" else settings.model_copy(update={"threads": (1,)})
+
+
+def rival_files(dense: Any) -> AbstractContextManager[dict[str, Path]]:
+    """Files of llama.cpp, which is timed on the CPU."""
+    return llamacpp_files(dense) if dense.device.type == "cpu" else nullcontext({})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most, on a GPU those of tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def short_context(prompt: int, contexts: Sequence[int]) -> str:
@@ -157,12 +182,14 @@ def time_decoders(
     Raises: MoyuError for a share of the bandwidth that cannot be.
     """
     threads, blocks, itemsize = max(settings.threads), find_blocks(dense), dense.dtype.itemsize
+    device: torch.device = dense.device
+    tokens = text[None, context : context + settings.new_tokens].to(device)
     first: dict[tuple[str, int], float] = {}
     for key, decoder in track(list(decoders.items()), f"bench: prefill and warm up at {context}"):
         torch.set_num_threads(key[1])
-        started = time.perf_counter()
+        started = now(device)
         decoder.prefill(text[None, :context])
-        first[key] = time.perf_counter() - started
+        first[key] = now(device) - started
         for offset in range(3):  # compiles
             decoder.step(text[None, context + offset : context + offset + 1])
     for module in sparse.modules():
@@ -176,10 +203,10 @@ def time_decoders(
         for key, decoder in decoders.items():
             torch.set_num_threads(key[1])
             decoder.seek(context)
-            started = time.perf_counter()
+            started = now(device)
             for offset in range(settings.new_tokens):
-                decoder.step(text[None, context + offset : context + offset + 1])
-            times[key].append((time.perf_counter() - started) / settings.new_tokens)
+                decoder.step(tokens[:, offset : offset + 1])
+            times[key].append((now(device) - started) / settings.new_tokens)
     weights, cache = bytes_per_token(dense, context)
     read, ffn_stored = ffn_read(sparse, blocks)
     ffn = sum(ffn_bytes(block, itemsize) for block in blocks)

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as functional
+from moyu_kernels.modules import resolve_backend
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.ops.ffn.int8 import quantise_rows
 from torch import Tensor
@@ -37,11 +38,13 @@ class Setting:
     seconds: list[float] = field(default_factory=list)
 
 
-def cache_bytes() -> int:
+def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache.
 
     Raises: MoyuError where the system does not say.
     """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     if not sizes:
         raise MoyuError("the system does not say how large its caches are, so no weights are known to be cold")
@@ -54,24 +57,27 @@ class Weights:
     Raises: MoyuError where the memory does not hold as many as it takes.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         d, f = shape.hidden, shape.neurons
         self.bytes = 3 * f * d * dtype.itemsize + (4 * (3 * f + d) if dtype == torch.int8 else 0)
-        count = -(-COLD * cache_bytes() // self.bytes)
+        count = -(-COLD * cache_bytes(device) // self.bytes)
         self.count = count + (count % INPUTS == 0)
-        need, free = self.count * self.bytes + 2**31, psutil.virtual_memory().available
+        on_gpu = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+        need = self.count * self.bytes + 2**31
         if need > free:
             raise MoyuError(
                 f"{self.count} copies of the weights, {COLD} times the last-level cache, and the rest take "
                 f"{need / 2**30:.1f} GiB, free are {free / 2**30:.1f} GiB; close other programs"
             )
         generator = torch.Generator().manual_seed(0)
-        first, self.scales, self.columns = torch.randn(3, f, d, generator=generator) / d**0.5, None, None
+        first = (torch.randn(3, f, d, generator=generator) / d**0.5).to(device)
+        self.scales, self.columns = None, None
         if dtype == torch.int8:
             rows = [quantise_rows(matrix) for matrix in first]
             first, self.scales = torch.stack([codes for codes, _ in rows]), torch.stack([scale for _, scale in rows])
-            self.columns = torch.ones(d)
-        self.copies = torch.empty(self.count, 3, f, d, dtype=dtype)
+            self.columns = torch.ones(d, device=device)
+        self.copies = torch.empty(self.count, 3, f, d, dtype=dtype, device=device)
         self.copies[:] = first.to(dtype)
         factors = (1.0, 1.0) if self.scales is None else self.scales[:2, :, None]
         self.gate, self.up = (self.copies[0, i].float() * factors[i] for i in range(2))
@@ -95,18 +101,30 @@ class Case:
         self.itemsize = weights.copies.element_size()
         self.row = line_bytes(self.d * self.itemsize)
         self.x, self.g, self.u = x, x.float() @ weights.gate.T, x.float() @ weights.up.T
+        self.backend = resolve_backend("auto", x.device)
+        self.gated_ffn, self.plain_ffn, self.sparse_linear = _ops(self.backend)
+
+    def _full(self, size: int, value: float) -> Tensor:
+        return torch.full((size,), value, device=self.x.device)
 
     def dense(self) -> list[Setting]:
-        """PyTorch's linear layers, our linear ops and our FFN op that keeps all, at each thread count."""
-        zero, scales = torch.zeros(self.f), self.weights.scales
+        """PyTorch's linear layers, on a GPU also compiled, our linear ops and our FFN op that keeps all, at each thread
+        count."""
+        zero, scales = self._full(self.f, 0.0), self.weights.scales
         # Random weights are as good in any shape: here down is [D, F], as stock models store it.
-        own = None if scales is None else (scales[:2].flatten(), torch.full((self.d,), 0.01))
+        own = None if scales is None else (scales[:2].flatten(), self._full(self.d, 0.01))
         each = [None] * 3 if own is None else [scale.to(self.x.dtype) for scale in (*own[0].chunk(2), own[1])]
 
         def torch_linears(copy: int, i: int) -> Tensor:
             gate, up, down = self.weights[copy]
-            g, u = (_torch_linear(self.calls[i], rows, scale) for rows, scale in ((gate, each[0]), (up, each[1])))
-            return _torch_linear(functional.silu(g) * u, down.view(self.d, self.f), each[2])
+            return _torch_ffn(self.calls[i], gate, up, down.view(self.d, self.f), each)
+
+        fused = torch.compile(_torch_ffn, dynamic=False)
+
+        def torch_compiled(copy: int, i: int) -> Tensor:
+            gate, up, down = self.weights[copy]
+            result: Tensor = fused(self.calls[i], gate, up, down.view(self.d, self.f), each)
+            return result
 
         def our_linears(copy: int, i: int) -> Tensor:
             gate, up, down = self.weights[copy]
@@ -115,22 +133,23 @@ class Case:
             return torch.ops.moyu.linear.default(functional.silu(g) * u, down.view(self.d, self.f), None, down_scale)
 
         def our_ffn(copy: int, i: int) -> Any:
-            return torch.ops.moyu.gated_ffn.default(
+            return self.gated_ffn(
                 self.calls[i], *self.weights[copy], zero, "silu", [], "threshold", 0, scales, self.weights.columns
             )
 
         moved = [float(self.weights.bytes)] * INPUTS
+        on_cpu = self.backend == "cpu"
         kinds = (
             ("ffn_dense", "torch", torch_linears),
-            ("ffn_linears", "cpu", our_linears),
-            ("ffn_dense", "cpu", our_ffn),
+            ("ffn_linears", "cpu", our_linears) if on_cpu else ("ffn_dense", "torch_compile", torch_compiled),
+            ("ffn_dense", self.backend, our_ffn),
         )
         return [Setting(op, backend, n, call, moved) for op, backend, call in kinds for n in self.threads]
 
     def sparse(self) -> Iterator[Setting]:
         """Every rule and every family of predictors, its threshold or bias set so that `density` is kept."""
         silu = naive.ACTIVATIONS["silu"]
-        for rule in RULES:
+        for rule in RULES if self.backend == "cpu" else ("threshold", "topk"):
             ranked = (silu(self.g) if rule == "gate_threshold" else silu(self.g) * self.u).abs()
             if rule == "topk":
                 level, keep = 1.0, max(round(self.density * self.f), 1)
@@ -138,34 +157,37 @@ class Case:
             else:
                 level, keep = _level(ranked, self.density), 0
                 kept = ranked >= level
-            yield self._setting(f"ffn_{rule}", kept, torch.full((self.f,), level), [], rule, keep)
+            yield self._setting(f"ffn_{rule}", kept, self._full(self.f, level), [], rule, keep)
         for family in FAMILIES:
-            predictor = random_predictor(family, self.d, self.f, self.itemsize)
+            predictor = self._predictor(family)
             scores = naive.predictor_scores(self.x, predictor, silu)
             level = _level(scores, self.density)
             predictor[-1] -= level
-            yield self._setting(f"ffn_{family}", scores > level, torch.zeros(self.f), predictor, "threshold")
+            yield self._setting(f"ffn_{family}", scores > level, self._full(self.f, 0.0), predictor, "threshold")
+
+    def _predictor(self, family: str) -> list[Tensor]:
+        return [tensor.to(self.x.device) for tensor in random_predictor(family, self.d, self.f, self.itemsize)]
 
     def plain(self) -> tuple[list[Setting], list[Setting]]:
         """A plain FFN dense, by PyTorch and by the op that keeps all, and beside it the op under a threshold and with a
         predictor; not in int8, which it does not take. Its up is gate."""
         if self.weights.scales is not None:
             return [], []
-        silu, zero = naive.ACTIVATIONS["silu"], torch.zeros(self.f)
+        silu, zero = naive.ACTIVATIONS["silu"], self._full(self.f, 0.0)
 
         def torch_linears(copy: int, i: int) -> Tensor:
             up, _, down = self.weights[copy]
             return functional.linear(silu(functional.linear(self.calls[i], up)), down.view(self.d, self.f))
 
         dense = [float(self.weights.bytes // 3 * 2)] * INPUTS
-        kinds = (("torch", torch_linears), ("cpu", self._plain_call(zero, [])))
+        kinds = (("torch", torch_linears), (self.backend, self._plain_call(zero, [])))
         rivals = [Setting("plain_dense", backend, n, call, dense) for backend, call in kinds for n in self.threads]
         sparse = []
         for family in (None, "lowbit_up"):
-            predictor = random_predictor(family, self.d, self.f, self.itemsize) if family else []
+            predictor = self._predictor(family) if family else []
             ranked = naive.predictor_scores(self.x, predictor, silu) if family else silu(self.g).abs()
             kept = ranked > (level := _level(ranked, self.density))
-            threshold = zero if family else torch.full((self.f,), level)
+            threshold = zero if family else self._full(self.f, level)
             if family:
                 predictor[-1] -= level
             union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
@@ -174,13 +196,15 @@ class Case:
             moved = (self.row * (selected + union).double() + constant).tolist()
             call = self._plain_call(threshold, predictor)
             shares = kept.float().mean().item(), (union / self.f).mean().item()
-            sparse.append(Setting(f"plain_{family or 'threshold'}", "cpu", max(self.threads), call, moved, *shares))
+            sparse.append(
+                Setting(f"plain_{family or 'threshold'}", self.backend, max(self.threads), call, moved, *shares)
+            )
         return rivals, sparse
 
     def _plain_call(self, threshold: Tensor, predictor: list[Tensor]) -> Callable[[int, int], Any]:
         def call(copy: int, i: int) -> Any:
             up, _, down = self.weights[copy]
-            return torch.ops.moyu.plain_ffn.default(self.calls[i], up, down, threshold, "silu", predictor)
+            return self.plain_ffn(self.calls[i], up, down, threshold, "silu", predictor)
 
         return call
 
@@ -192,7 +216,7 @@ class Case:
         level = _level(self.x.abs().float(), self.density)
         kept = self.x.abs().float() >= level
         union = kept.view(INPUTS, -1, self.d).any(1).sum(-1)
-        row, threshold = line_bytes(self.f * self.itemsize), torch.full((self.d,), level)
+        row, threshold = line_bytes(self.f * self.itemsize), self._full(self.d, level)
         scale = None if self.weights.scales is None else self.weights.scales[0]
         rounded = None if scale is None else scale.to(self.x.dtype)
 
@@ -204,16 +228,18 @@ class Case:
 
         def sparse_linear(copy: int, i: int) -> Any:
             weight = self.weights[copy][i % 3].view(self.d, self.f)
-            return torch.ops.moyu.sparse_linear.default(self.calls[i], weight, None, threshold)
+            return self.sparse_linear(self.calls[i], weight, None, threshold)
 
         dense = [float(self.weights.bytes // 3)] * INPUTS
-        kinds = (("torch", torch_linear), ("cpu", our_linear))
+        kinds = (("torch", torch_linear), ("cpu", our_linear))[: 2 if self.backend == "cpu" else 1]
         settings = [Setting("linear", backend, n, call, dense) for backend, call in kinds for n in self.threads]
         if scale is not None:
             return settings, []
         moved = (row * union.double() + 4 * self.d).tolist()
         density, together = kept.float().mean().item(), (union / self.d).mean().item()
-        return settings, [Setting("sparse_linear", "cpu", max(self.threads), sparse_linear, moved, density, together)]
+        return settings, [
+            Setting("sparse_linear", self.backend, max(self.threads), sparse_linear, moved, density, together)
+        ]
 
     def _setting(
         self, op: str, kept: Tensor, threshold: Tensor, predictor: list[Tensor], rule: str, keep: int = 0
@@ -227,19 +253,39 @@ class Case:
         constant = sum(t.numel() * t.element_size() for t in read_whole)
 
         def call(copy: int, i: int) -> Any:
-            return torch.ops.moyu.gated_ffn.default(
-                self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, *int8
-            )
+            return self.gated_ffn(self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, *int8)
 
         moved = (self.row * (gates + selected + union).double() + constant).tolist()
         return Setting(
-            op, "cpu", max(self.threads), call, moved, kept.float().mean().item(), (union / self.f).mean().item()
+            op, self.backend, max(self.threads), call, moved, kept.float().mean().item(), (union / self.f).mean().item()
         )
 
 
+def _ops(backend: str) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """gated_ffn, plain_ffn and sparse_linear."""
+    if backend == "triton":
+        from moyu_kernels.ops.ffn import triton
+        from moyu_kernels.ops.linear import triton as linear
+
+        return triton.gated_ffn, triton.plain_ffn, linear.sparse_linear
+    ops = torch.ops.moyu
+    return ops.gated_ffn.default, ops.plain_ffn.default, ops.sparse_linear.default
+
+
+def _torch_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, scales: Sequence[Tensor | None]) -> Tensor:
+    """A gated FFN of PyTorch's own products; down `[D, F]`."""
+    g, u = (_torch_linear(x, rows, scale) for rows, scale in ((gate, scales[0]), (up, scales[1])))
+    return _torch_linear(functional.silu(g) * u, down, scales[2])
+
+
 def _torch_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """PyTorch's own product; with int8 rows, their scale in x's dtype, what torchao's weight-only int8 runs."""
-    return functional.linear(x, weight) if scale is None else torch._weight_int8pack_mm(x, weight, scale)
+    """PyTorch's own product; with int8 rows and their scale in x's dtype what torchao's weight-only int8 runs, on a GPU
+    what torch.compile fuses into one kernel."""
+    if scale is None:
+        return functional.linear(x, weight)
+    if x.is_cuda:
+        return functional.linear(x, weight.to(x.dtype)) * scale
+    return torch._weight_int8pack_mm(x, weight, scale)
 
 
 def _level(values: Tensor, density: float) -> float:

@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.modules import SparseGatedFFN
+from moyu_kernels.modules import SparseGatedFFN, resolve_backend
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.quantised import Int8GatedFFN
 from torch import Tensor, nn
 
 from moyu_train.checkpoints.export import read_weights
 from moyu_train.checkpoints.folder import bench_folder
-from moyu_train.evaluation.bench import make_decoders, time_decoders
+from moyu_train.evaluation.bench import make_decoders, of_device, rival_files, time_decoders
 from moyu_train.evaluation.bench_cases import random_predictor
-from moyu_train.evaluation.bench_llamacpp import KINDS, llamacpp_files
+from moyu_train.evaluation.bench_llamacpp import KINDS
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
+from moyu_train.evaluation.yardstick import bandwidth_buffer
 from moyu_train.files import read_json
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.int8 import int8_twin
+from moyu_train.models.loading import compute_device
 from moyu_train.recipe import Recipe
 from moyu_train.settings_export import Bench
 
@@ -29,9 +31,6 @@ FAMILY = "lowbit"  # of the predictors of random models
 BACKENDS = {
     "dense_eager": "torch",
     "dense_compiled": "torch_compile",
-    "dense_runner": "cpu",
-    "dense_int8": "cpu",
-    "sparse": "cpu",
     **dict.fromkeys(KINDS, "llama.cpp"),
 }
 
@@ -54,7 +53,7 @@ def bench_folder_rows(folder: Path, recipe: Recipe, settings: Bench) -> list[dic
         "peak_memory_bytes": found["peak_memory_bytes"],
         "load_average": load_average,
     }
-    return [row | described for row in decode_rows(found["rows"], settings)]
+    return [row | described for row in decode_rows(found["rows"], settings, compute_device())]
 
 
 def bench_shape_rows(
@@ -62,16 +61,17 @@ def bench_shape_rows(
 ) -> list[dict[str, Any]]:
     """A model with random weights and predictors, whose cuts keep each of `densities` of random text."""
     load_average, before = os.getloadavg()[0], torch.get_num_threads()
-    buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
+    device = compute_device()
+    settings, buffer = of_device(settings, device), bandwidth_buffer(device)
     context = settings.contexts[0]
     length = context + settings.new_tokens + 1
     text = torch.randint(shape.vocabulary, (length,), generator=torch.Generator().manual_seed(0))
     rows = []
     try:
         for dtype in dtypes:
-            dense, runners = random_models(shape, dtype)
+            dense, runners = random_models(shape, dtype, device)
             inputs, sparse = ffn_inputs(dense, text), runners["sparse"]
-            with llamacpp_files(dense) as files:
+            with rival_files(dense) as files:
                 decoders = make_decoders(dense, runners, length, settings, files)
             described = {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -86,14 +86,14 @@ def bench_shape_rows(
             for density in densities:
                 set_density(sparse, inputs, density)
                 found = time_decoders(decoders, sparse, dense, text, context, settings, buffer)
-                rows += [row | described for row in decode_rows(found, settings)]
+                rows += [row | described for row in decode_rows(found, settings, device)]
     finally:
         torch.set_num_threads(before)
         torch.compiler.reset()
     return rows
 
 
-def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, Any]]:
+def decode_rows(found: list[dict[str, Any]], settings: Bench, device: torch.device) -> list[dict[str, Any]]:
     """Rows of `time_decoders` under the names of docs/kernels.md, each beside the best dense one of its context."""
     rows = []
     for row in found:
@@ -102,7 +102,7 @@ def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, 
         rows.append(
             {
                 "op": f"decode_{row['setting']}",
-                "backend": BACKENDS[row["setting"]],
+                "backend": BACKENDS.get(row["setting"], resolve_backend("auto", device)),
                 "batch": 1,
                 "density": row["density"],
                 **make_row(
@@ -123,7 +123,7 @@ def decode_rows(found: list[dict[str, Any]], settings: Bench) -> list[dict[str, 
     return rows
 
 
-def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def random_models(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """One model dense, and for our runner, by setting; on the same parameters but for the sparse one's down.
 
     dtype: int8 has the FFN of a bfloat16 model in int8 rows, and a dense one of these beside the sparse one.
@@ -141,7 +141,8 @@ def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, Any]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        dense = model(config(**shape.config(), dtype=dtype)).eval().requires_grad_(False)
+        with device:
+            dense = model(config(**shape.config(), dtype=dtype)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
     shared = [*dense.parameters()]
@@ -151,7 +152,7 @@ def random_models(shape: Shape, dtype: torch.dtype) -> tuple[Any, dict[str, Any]
         mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.clone(), requires_grad=False)
         predictor = random_predictor(FAMILY, shape.hidden, shape.neurons, itemsize)
         projections = {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-        ffn = kind(projections, "silu", torch.zeros(shape.neurons), predictor)
+        ffn = kind(projections, "silu", torch.zeros(shape.neurons), predictor, backend="auto")
         parent, _, name = block.path.rpartition(".")
         setattr(sparse.get_submodule(parent), name, ffn)
     runners = {"dense_runner": dense_runner, "sparse": sparse}
@@ -165,7 +166,7 @@ def ffn_inputs(model: Any, text: Tensor) -> list[Tensor]:
     hooks = [
         block.module.register_forward_pre_hook(lambda _, args: found.append(args[0][0])) for block in find_blocks(model)
     ]
-    model(input_ids=text[None])
+    model(input_ids=text[None].to(model.device))
     for hook in hooks:
         hook.remove()
     return found

@@ -7,12 +7,12 @@ it its own active set. All settings of one size take turns within a round, after
 import itertools
 import os
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from moyu_kernels.dispatch import now
 from moyu_kernels.ops import cpu
 from torch import Tensor
 
@@ -20,9 +20,12 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench_cases import INPUTS, Case, Setting, Weights
 from moyu_train.evaluation.bench_rows import make_row
 from moyu_train.evaluation.shapes import Shape
+from moyu_train.evaluation.yardstick import bandwidth_buffer, gpu_seconds, read_bandwidth
+from moyu_train.models.loading import compute_device
 from moyu_train.progress import track
 
 TURN = 0.03  # seconds of a setting in each round, at least
+LEAST_CALLS = 2 * INPUTS  # of a round on a GPU, in one CUDA graph: launches from Python are no part of the time
 
 
 @contextmanager
@@ -39,25 +42,46 @@ def time_settings(
     settings: list[Setting], copies: int, rounds: int, buffer: Tensor, counter: Iterator[int]
 ) -> list[float]:
     """Fills `seconds` of every setting, per call and one a round. Returns the bandwidth of each round in GB/s."""
+    if buffer.device.type == "cuda":
+        return _time_graphs(settings, copies, rounds, buffer, counter)
     calls = []
     most = max(setting.threads for setting in settings)
     for setting in settings:
         with using_threads(setting.threads):
             setting.call(next(counter) % copies, 0)
-            started = time.perf_counter()
+            started = now(buffer.device)
             setting.call(next(counter) % copies, 1)
-        calls.append(max(3, min(round(TURN / (time.perf_counter() - started)), 1000)))
+        calls.append(max(3, min(round(TURN / (now(buffer.device) - started)), 1000)))
     rates = []
     for _ in range(rounds):
         with using_threads(most):
-            rates.append(cpu.read_bandwidth(buffer))
+            rates.append(read_bandwidth(buffer))
         for setting, count in zip(settings, calls, strict=True):
             turns = [next(counter) for _ in range(count)]
             with using_threads(setting.threads):
-                started = time.perf_counter()
+                started = now(buffer.device)
                 for turn in turns:
                     setting.call(turn % copies, turn % INPUTS)
-                setting.seconds.append((time.perf_counter() - started) / count)
+                setting.seconds.append((now(buffer.device) - started) / count)
+    return rates
+
+
+def _time_graphs(
+    settings: list[Setting], copies: int, rounds: int, buffer: Tensor, counter: Iterator[int]
+) -> list[float]:
+    count = max(LEAST_CALLS, copies)
+    graphs = []
+    for setting in settings:
+        setting.call(0, 0)  # compiles
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            for turn in [next(counter) for _ in range(count)]:
+                setting.call(turn % copies, turn % INPUTS)
+    rates = []
+    for _ in range(rounds):
+        rates.append(read_bandwidth(buffer))
+        for setting, graph in zip(settings, graphs, strict=True):
+            setting.seconds.append(gpu_seconds(graph.replay, 1) / count)
     return rates
 
 
@@ -74,13 +98,14 @@ def bench_ops(
 
     Raises: MoyuError without native kernels or with too little memory.
     """
-    if not cpu.load():
+    device = compute_device()
+    if device.type == "cpu" and not cpu.load():
         raise MoyuError("the native kernels could not be built (the warning says why), so there is nothing to time")
-    buffer = torch.ones(2**28, dtype=torch.int32)  # 1 GiB
+    buffer, threads = bandwidth_buffer(device), threads if device.type == "cpu" else (1,)
     load_average = os.getloadavg()[0]
     rows = []
     for dtype in dtypes:
-        weights, counter = Weights(shape, dtype), itertools.count()
+        weights, counter = Weights(shape, dtype, device), itertools.count()
         cases = [
             (batch, masks, density)
             for batch in batches
@@ -92,7 +117,7 @@ def bench_ops(
             generator = torch.Generator().manual_seed(batch)
             x = torch.randn(INPUTS, 1 if masks == "identical" else batch, shape.hidden, generator=generator)
             x = x.expand(INPUTS, batch, shape.hidden).reshape(-1, shape.hidden)
-            x = x.to(torch.bfloat16 if dtype == torch.int8 else dtype)
+            x = x.to(device, torch.bfloat16 if dtype == torch.int8 else dtype)
             case = Case(weights, x, density, threads)
             groups = (case.dense(), list(case.sparse())), case.plain(), case.linear()
             settings = [setting for dense, sparse in groups for setting in dense + sparse]

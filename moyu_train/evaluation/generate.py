@@ -9,7 +9,7 @@ import moyu_kernels
 from moyu_kernels.checkpoint import CheckpointError
 
 from moyu_train.errors import MoyuError
-from moyu_train.models.loading import load_tokenizer
+from moyu_train.models.loading import load_sparse, load_tokenizer
 from moyu_train.progress import console
 
 
@@ -24,7 +24,7 @@ def generate(
 ) -> dict[str, Any]:
     """Print the continuation as it comes, then tokens per second and the density reached."""
     try:
-        model = moyu_kernels.from_pretrained(folder, mode=mode, backend=backend)
+        model = load_sparse(folder, mode=mode, backend=backend)
     except CheckpointError as error:
         raise MoyuError(str(error)) from error
     tokenizer = load_tokenizer(folder)

@@ -20,6 +20,7 @@ from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.replay import parts_of, record, replay
 from moyu_train.models.blocks import device_of
+from moyu_train.models.loading import load_sparse
 from moyu_train.progress import track
 from moyu_train.training.losses import ROWS
 
@@ -46,13 +47,13 @@ def through_kernels(folder: Path, model: Any, ids: Tensor, predicted: bool = Tru
         parts = parts_of(masks.blocks) if predictors else []
         if parts:
             record(model, parts, ids[None, :REPLAYED])
-    sparse = moyu_kernels.from_pretrained(folder, dtype=torch.float32)
+    sparse = load_sparse(folder, dtype=torch.float32)
     blocks = replay(sparse, parts, "evaluate") if parts else None
     exact = stored = decoded_losses(sparse, ids)
     del sparse
     check_agreement(exact, masked)
     if stored_dtype(folder) != torch.float32:
-        stored = decoded_losses(moyu_kernels.from_pretrained(folder), ids)
+        stored = decoded_losses(load_sparse(folder), ids)
     return {
         "perplexity": perplexity(stored),
         "tokens": len(ids),

@@ -40,6 +40,6 @@ def int8_twin(model: Any) -> Any:
         parent, _, name = block.path.rpartition(".")
         names = [part for part in (block.gate, block.up, block.down) if part]
         projections = {part: cast(nn.Linear, twin.get_submodule(f"{block.path}.{part}")) for part in names}
-        ffn = Int8GatedFFN(projections, act, torch.zeros(block.neurons), [], "dense")
+        ffn = Int8GatedFFN(projections, act, torch.zeros(block.neurons), [], "dense", "auto")
         setattr(twin.get_submodule(parent), name, ffn)
     return twin

@@ -2,14 +2,17 @@
 
 import gc
 import importlib.util
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import moyu_kernels
 import psutil
 import torch
+from accelerate import PartialState
 from moyu_kernels.reading import MALFORMED
 
 from moyu_train.errors import MoyuError
@@ -17,6 +20,10 @@ from moyu_train.files import sha256, write_json
 from moyu_train.models.blocks import describe_blocks
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.marker import clear_marker, marked_rule, set_marker
+
+logger = logging.getLogger(__name__)
+
+FULL = 0.8  # of the free memory of a GPU, at most for the weights
 
 
 def cache_folder() -> Path:
@@ -95,13 +102,29 @@ def load_tokenizer(path: str | Path) -> Any:
 Described = Sequence[Mapping[str, str | None]]
 
 
-def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, described: Described = ()) -> Any:
+def compute_device() -> torch.device:
+    """Where models run: this process's GPU where there is one, else the CPU."""
+    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_sparse(folder: Path, **options: Any) -> Any:
+    """`moyu_kernels.from_pretrained` on `compute_device`."""
+    device = compute_device()
+    return moyu_kernels.from_pretrained(folder, device_map=None if device.type == "cpu" else {"": device}, **options)
+
+
+def load_dense(
+    path: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    described: Described = (),
+    device: torch.device | str | None = None,
+) -> Any:
     """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
 
     A sparse checkpoint that decodes with int8 weights gets what these stand for, and holds plain weights from then on.
 
     dtype: of the weights, or "auto": what is stored; described: the FFN blocks of an architecture that structure does
-    not find, as in a recipe's `blocks`.
+    not find, as in a recipe's `blocks`; device: default `compute_device`, or the CPU where a GPU has no room for it.
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """
@@ -126,7 +149,22 @@ def load_dense(path: str | Path, dtype: torch.dtype | str = torch.float32, descr
     moyu = getattr(config, "moyu", None) or {}
     if moyu.get("weights") == "int8":
         round_ffn(model).config.moyu = {**moyu, "weights": "stored"}
-    return model
+    return model.to(_with_room(model) if device is None else device)
+
+
+def _with_room(model: Any) -> torch.device:
+    """`compute_device`, or the CPU where the weights would fill more than `FULL` of what a GPU has free."""
+    device = compute_device()
+    if device.type == "cuda":
+        size, free = sum(p.numel() * p.element_size() for p in model.parameters()), torch.cuda.mem_get_info(device)[0]
+        if size > FULL * free:
+            logger.warning(
+                "moyu: the model's weights take %.1f GB and the GPU has %.1f GB free: it runs on the CPU, slowly",
+                size / 1e9,
+                free / 1e9,
+            )
+            return torch.device("cpu")
+    return device
 
 
 def skeleton(path: str | Path, described: Described = ()) -> Any:

@@ -73,7 +73,8 @@ class Masking:
             g = g if bias is None else g + bias.float()
             return rule.activate_gate(g, stock(g), stock) if rule else stock(g)
 
-        return predictor_scores(self._inputs[layer], list(predictor.values()), act)
+        x = self._inputs[layer]
+        return predictor_scores(x, [tensor.to(x.device) for tensor in predictor.values()], act)
 
     def _recorder(self, layer: int) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
         place = folder / f"lr-{rate:g}"
         done = place / "validation.json"
         if not done.is_file():
-            model = run.dense()
+            model = run.to_train()
             model, _, _ = train(run, place, settings, rate, None, model)
             model.eval()
             perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity

@@ -176,7 +176,7 @@ def learning_rate(run: "Run") -> float:
 
 def _like(run: "Run", model: Any, settings: Optimise) -> Any:
     """A fresh dense model with the marker and the deltas that `model` has."""
-    fresh = run.dense()
+    fresh = run.to_train()
     rule = marked_rule(model.config)
     if rule:
         set_marker(fresh.config, rule)
@@ -249,7 +249,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     """
     recipe, settings = run.recipe, run.recipe.finetune
     check_memory_of(run, parent=needs_parent(recipe))
-    model = run.dense()
+    model = run.to_train()
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]
     sparsity = sparsity_on(run, model, sparsifier_of(recipe, thresholds), predictors, targets)

@@ -1,49 +1,14 @@
-"""The Triton FFN against its naive twin, on CPU tensors through Triton's interpreter.
+"""The Triton FFN against its naive twin, where `on_device` says."""
 
-Triton reads TRITON_INTERPRET when it is imported, so the interpreter tests run in a process of their own
-(`test_under_the_interpreter`) and leave the other tests of a session alone.
-"""
-
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
+from on_device import agree, check_op, compiled, computed, interpreted, run_interpreted, run_on_device
 from predictors import KINDS, random_predictor
 from torch import Tensor
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_under_the_interpreter")
-
-# One unit in the last place: the interpreter truncates to bf16 where a GPU rounds.
-RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
-
-
-def run_interpreted(file: str) -> None:
-    """Runs a file's tests in a process with the interpreter."""
-    if INTERPRETED:
-        pytest.skip("this is the process with the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def agree(
-    found: tuple[Tensor, Tensor],
-    expected: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-    atol: float,
-    equal_nan: bool = False,
-) -> None:
-    """The y of a kernel, of `dtype`, is its naive twin's in fp32, and the counts are its counts."""
-    y, counts = found
-    assert torch.equal(counts, expected[1])
-    assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), expected[0], rtol=RTOL[dtype], atol=atol, equal_nan=equal_nan)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +62,7 @@ def masks(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def run(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
     from moyu_kernels.ops.ffn import triton
 
-    return triton.gated_ffn(**args)
+    return run_on_device(triton.gated_ffn, **args)
 
 
 def check(args: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -112,7 +77,7 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(
     ("n", "dtype"),
     [(1, torch.bfloat16), (3, torch.bfloat16), (3, torch.float16), (3, torch.float32), (8, torch.float32)],
@@ -126,13 +91,13 @@ def test_predicted(family: str, n: int, dtype: torch.dtype) -> None:
     check(args)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 def test_exact(n: int, dtype: torch.dtype) -> None:
     check(make(n, r=0, dtype=dtype))
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_given_masks(n: int, dtype: torch.dtype, density: float) -> None:
@@ -148,13 +113,13 @@ def test_given_masks(n: int, dtype: torch.dtype, density: float) -> None:
     assert torch.equal(alone[0], y[0]), "bits of rows that are not there count for nothing"
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("act", naive.ACTIVATIONS)
 def test_activations(act: str) -> None:
     check(make(1, r=0) | {"act": act})
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(
     ("n", "d", "f", "r", "shift"),
     [
@@ -169,7 +134,7 @@ def test_sizes(family: str, n: int, d: int, f: int, r: int, shift: float) -> Non
     check(make(n, d, f, r, shift=shift, family=family))
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
     args = make(2, family="lowbit")
@@ -180,27 +145,27 @@ def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
     assert counts[1, 0] > spoiled_counts[1, 0] == 0
 
 
-@interpreted
+@computed
 def test_nothing_selected() -> None:
     y, counts = check(make(3, shift=-1e3))
     assert not y.any()
     assert not counts.any()
 
 
-@interpreted
+@computed
 def test_nothing_kept() -> None:
     y, counts = check(make(3, r=0) | {"threshold": torch.full((193,), torch.inf)})
     assert not y.any()
     assert counts.tolist() == [[193, 0]] * 3
 
 
-@interpreted
+@computed
 def test_all_active() -> None:
     _, counts = check(make(3, shift=1e3) | {"threshold": torch.zeros(193)})
     assert counts.tolist() == [[193, 193]] * 3
 
 
-@interpreted
+@computed
 def test_ties_are_kept_and_zeros_are_not() -> None:
     args = make(3, d=7, f=40, r=0)
     whole = {name: (3 * args[name]).round() for name in ("x", "gate", "up")}
@@ -208,7 +173,7 @@ def test_ties_are_kept_and_zeros_are_not() -> None:
     assert counts[:, 1].min() > 0
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("r", "family"), [(0, "lowrank"), (17, "lowrank"), (17, "lowbit")])
 def test_row_equals_its_batch_of_one(r: int, family: str) -> None:
     args = make(8, f=97, r=r, family=family)
@@ -219,7 +184,7 @@ def test_row_equals_its_batch_of_one(r: int, family: str) -> None:
         assert torch.equal(alone_counts[0], counts[row])
 
 
-@interpreted
+@computed
 def test_calls_repeat_bitwise() -> None:
     args = make(3)
     assert torch.equal(run(args)[0], run(args)[0])
@@ -249,7 +214,7 @@ def test_only_needed_rows_are_loaded_and_only_once(monkeypatch: pytest.MonkeyPat
         assert torch.equal(loads[name].view(193, 65), needed.int()[:, None].expand(193, 65)), name
 
 
-@interpreted
+@computed
 def test_nan_in_rows_that_are_not_needed() -> None:
     args = make(3, shift=-0.2, dtype=torch.bfloat16)
     y, _ = run(args)
@@ -259,11 +224,11 @@ def test_nan_in_rows_that_are_not_needed() -> None:
     assert torch.equal(run(args)[0], y)
 
 
-@interpreted
+@computed
 def test_library_checks() -> None:
     from moyu_kernels.ops.ffn import triton
 
-    torch.library.opcheck(triton.gated_ffn, tuple(make(2, 16, 32, 4).values()))
+    check_op(triton.gated_ffn, list(make(2, 16, 32, 4).values()))
 
 
 @pytest.mark.parametrize(
@@ -311,11 +276,15 @@ def test_nothing_but_kernels_is_launched(r: int, family: str, launches: int) -> 
     ],
 )
 def test_refuses(change: dict[str, Any], message: str) -> None:
+    from moyu_kernels.ops.ffn import triton
+
     with pytest.raises(ValueError, match=message):
-        run(make(1) | change)
+        triton.gated_ffn(**(make(1) | change))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+@compiled
 def test_needs_a_gpu() -> None:
+    from moyu_kernels.ops.ffn import triton
+
     with pytest.raises(ValueError, match="needs a GPU"):
-        run(make(1))
+        triton.gated_ffn(**make(1))

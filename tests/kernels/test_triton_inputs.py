@@ -1,18 +1,19 @@
-"""Linear layers with sparse inputs in Triton against the naive twin, with Triton's interpreter (`test_triton_ffn`)."""
+"""Linear layers with sparse inputs in Triton against the naive twin, where `on_device` says."""
 
 from typing import Any
 
 import pytest
 import torch
 from moyu_kernels.ops.linear import naive
+from on_device import agree, check_op, compiled, computed, run_interpreted, run_on_device
 from test_sparse_linear import SIZES, arguments
-from test_triton_ffn import INTERPRETED, agree, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
+from test_triton_ffn import poisoned  # noqa: F401 (a fixture)
 
 
 def run(args: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     from moyu_kernels.ops.linear import triton
 
-    return triton.sparse_linear(*args)
+    return run_on_device(triton.sparse_linear, *args)
 
 
 def check(args: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,14 +28,14 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 def test_equals_naive(rows: int, dtype: torch.dtype) -> None:
     for sizes in SIZES:
         check(arguments(rows, dtype, sizes, bias=rows != 3))
 
 
-@interpreted
+@computed
 def test_nothing_and_everything_is_kept() -> None:
     x, weight, bias, threshold = arguments(3, torch.float32)
     y, counts = check([x, weight, bias, torch.full_like(threshold, torch.inf)])
@@ -44,7 +45,7 @@ def test_nothing_and_everything_is_kept() -> None:
     assert check([x, weight, bias, torch.zeros_like(threshold)])[1].tolist() == [65, 64, 65]
 
 
-@interpreted
+@computed
 def test_an_input_on_its_threshold_is_kept() -> None:
     x, weight, bias, _ = arguments(1, torch.float32)
     y, counts = check([x, weight, bias, x[0].abs()])
@@ -52,7 +53,7 @@ def test_an_input_on_its_threshold_is_kept() -> None:
     assert not torch.equal(y, bias[None])
 
 
-@interpreted
+@computed
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
     x, *rest = arguments(8, torch.float32)
     y, counts = run([x, *rest])
@@ -63,7 +64,7 @@ def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
         assert torch.equal(alone_counts[0], counts[row])
 
 
-@interpreted
+@computed
 def test_the_order_of_the_inputs_does_not_matter() -> None:
     x, weight, bias, threshold = arguments(2, torch.float32)
     y, counts = run([x, weight, bias, threshold])
@@ -73,7 +74,7 @@ def test_the_order_of_the_inputs_does_not_matter() -> None:
     assert torch.equal(moved[1], counts)
 
 
-@interpreted
+@computed
 def test_rows_that_are_not_needed_are_not_loaded() -> None:
     args = arguments(2, torch.bfloat16)
     y, _ = run(args)
@@ -83,7 +84,7 @@ def test_rows_that_are_not_needed_are_not_loaded() -> None:
     assert torch.equal(run(args)[0], y)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_input_that_is_no_number_is_not_kept(value: float) -> None:
     args = arguments(2, torch.float32)
@@ -96,12 +97,12 @@ def test_an_input_that_is_no_number_is_not_kept(value: float) -> None:
     torch.testing.assert_close(spoiled, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
-@interpreted
+@computed
 def test_library_checks() -> None:
     from moyu_kernels.ops.linear import triton
 
-    torch.library.opcheck(triton.sparse_linear, tuple(arguments(2, torch.float32, (16, 32))))
-    torch.library.opcheck(triton.sparse_linear, tuple(arguments(2, torch.float32, (16, 32), bias=False)))
+    check_op(triton.sparse_linear, arguments(2, torch.float32, (16, 32)))
+    check_op(triton.sparse_linear, arguments(2, torch.float32, (16, 32), bias=False))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +118,15 @@ def test_library_checks() -> None:
 def test_refuses(place: int, value: Any, message: str) -> None:
     args = arguments(1, torch.float32)
     args[place] = value
+    from moyu_kernels.ops.linear import triton
+
     with pytest.raises(ValueError, match=message):
-        run(args)
+        triton.sparse_linear(*args)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+@compiled
 def test_needs_a_gpu() -> None:
+    from moyu_kernels.ops.linear import triton
+
     with pytest.raises(ValueError, match="needs a GPU"):
-        run(arguments(1, torch.float32))
+        triton.sparse_linear(*arguments(1, torch.float32))

@@ -1,4 +1,4 @@
-"""Int8 rows in Triton against their naive twin, with Triton's interpreter (`test_triton_ffn`)."""
+"""Int8 rows in Triton against their naive twin, where `on_device` says."""
 
 from typing import Any
 
@@ -6,18 +6,19 @@ import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.quantised import Int8GatedFFN
+from on_device import DEVICE, agree, check_op, computed, run_interpreted, run_on_device
 from predictors import KINDS
 from test_cpu_ops import ffn_arguments
 from test_int8_op import cases, in_int8, projections
 from test_topk import topk_arguments
-from test_triton_ffn import agree, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
+from test_triton_ffn import poisoned  # noqa: F401 (a fixture)
 from torch import Tensor
 
 
 def run(arguments: list[Any]) -> tuple[Tensor, Tensor]:
     from moyu_kernels.ops.ffn import triton
 
-    return triton.gated_ffn(*arguments)
+    return run_on_device(triton.gated_ffn, *arguments)
 
 
 def check(arguments: list[Any]) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,7 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 @pytest.mark.parametrize("sizes", [(65, 193, 17), (600, 40, 8), (3, 5, 1)])
 def test_equals_naive(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
@@ -41,7 +42,7 @@ def test_equals_naive(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int]
         check(case)
 
 
-@interpreted
+@computed
 def test_down_rows_of_zeros_count_as_kept() -> None:
     for arguments in (
         in_int8([*ffn_arguments(2, torch.float32)[:6], []]),
@@ -53,7 +54,7 @@ def test_down_rows_of_zeros_count_as_kept() -> None:
         assert torch.equal(check(arguments)[1], counts)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(kind: str) -> None:
     x, *rest = in_int8(ffn_arguments(8, torch.float32, (65, 97, 17), family=kind))
@@ -65,7 +66,7 @@ def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(kind: str) -> None:
         assert torch.equal(alone_counts[0], counts[row])
 
 
-@interpreted
+@computed
 def test_scales_of_rows_that_are_not_needed_are_not_used() -> None:
     arguments = in_int8(ffn_arguments(3, torch.bfloat16, family="lowrank"))
     y, _ = run(arguments)
@@ -76,19 +77,19 @@ def test_scales_of_rows_that_are_not_needed_are_not_used() -> None:
     assert torch.equal(run(arguments)[0], y)
 
 
-@interpreted
+@computed
 def test_a_block_decodes_as_on_the_reference() -> None:
-    block = Int8GatedFFN(projections(), "silu", torch.full((192,), 0.01), [], "rule", "triton")
-    x = torch.randn(2, 64)
+    block = Int8GatedFFN(projections(), "silu", torch.full((192,), 0.01), [], "rule", "triton").to(DEVICE)
+    x = torch.randn(2, 64, device=DEVICE)
     torch.testing.assert_close(block(x), block.set_mode("rule", "reference")(x), rtol=1e-5, atol=1e-6)
 
 
-@interpreted
+@computed
 def test_library_checks() -> None:
     from moyu_kernels.ops.ffn import triton
 
     arguments = in_int8([*ffn_arguments(2, torch.float32, (16, 32, 4))[:6], []])
-    torch.library.opcheck(triton.gated_ffn, tuple(arguments))
+    check_op(triton.gated_ffn, arguments)
 
 
 def test_refuses() -> None:

@@ -1,13 +1,14 @@
-"""The plain Triton FFN against its naive twin, in a process with Triton's interpreter (`test_triton_ffn`)."""
+"""The plain Triton FFN against its naive twin, where `on_device` says."""
 
 from typing import Any
 
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
+from on_device import agree, check_op, computed, run_interpreted, run_on_device
 from predictors import PLAIN_KINDS, random_predictor
 from test_plain_op import plain_arguments
-from test_triton_ffn import agree, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
+from test_triton_ffn import poisoned  # noqa: F401 (a fixture)
 
 SIZES = (65, 193, 17)
 
@@ -15,7 +16,7 @@ SIZES = (65, 193, 17)
 def run(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     from moyu_kernels.ops.ffn import triton
 
-    return triton.plain_ffn(*arguments)
+    return run_on_device(triton.plain_ffn, *arguments)
 
 
 def check(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +31,7 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 @pytest.mark.parametrize("family", [None, *PLAIN_KINDS, "given"])
 def test_equals_naive(family: str | None, n: int, dtype: torch.dtype) -> None:
@@ -38,13 +39,13 @@ def test_equals_naive(family: str | None, n: int, dtype: torch.dtype) -> None:
     assert 0 < counts[:, 1].sum() < counts[:, 0].sum()
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("act", naive.ACTIVATIONS)
 def test_activations(act: str) -> None:
     check(plain_arguments(2, torch.float32, act=act, density=0.4))
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(
     ("n", "sizes"),
     [
@@ -56,7 +57,7 @@ def test_sizes(n: int, sizes: tuple[int, int, int]) -> None:
     check(plain_arguments(n, torch.float32, sizes=sizes, family="lowrank"))
 
 
-@interpreted
+@computed
 def test_nothing_and_everything_is_kept() -> None:
     arguments = plain_arguments(3, torch.float32)
     arguments[3] = torch.full((193,), torch.inf)
@@ -72,7 +73,7 @@ def test_nothing_and_everything_is_kept() -> None:
     assert not counts.any()
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("family", [None, "lowbit_up"])
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(family: str | None) -> None:
     x, *rest = plain_arguments(8, torch.float32, sizes=(65, 97, 17), family=family)
@@ -84,7 +85,7 @@ def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(family: str | None) 
         assert torch.equal(alone_counts[0], counts[row])
 
 
-@interpreted
+@computed
 def test_the_order_of_the_neurons_does_not_matter() -> None:
     x, up, down, threshold, *rest, up_bias, down_bias = plain_arguments(2, torch.float32)
     y, counts = run([x, up, down, threshold, *rest, up_bias, down_bias])
@@ -94,7 +95,7 @@ def test_the_order_of_the_neurons_does_not_matter() -> None:
     assert torch.equal(moved[1], counts)
 
 
-@interpreted
+@computed
 def test_rows_that_are_not_needed_are_not_loaded() -> None:
     arguments = plain_arguments(3, torch.bfloat16, family="lowrank", density=0.2)
     y, _ = run(arguments)
@@ -108,7 +109,7 @@ def test_rows_that_are_not_needed_are_not_loaded() -> None:
     assert torch.equal(run(arguments)[0], y)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
     arguments = plain_arguments(2, torch.float32, family="lowbit_up")
@@ -119,13 +120,13 @@ def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
     assert counts[1, 0] > spoiled_counts[1, 0] == 0
 
 
-@interpreted
+@computed
 def test_library_checks() -> None:
     from moyu_kernels.ops.ffn import triton
 
-    torch.library.opcheck(triton.plain_ffn, tuple(plain_arguments(2, torch.float32, sizes=(16, 32, 4))))
+    check_op(triton.plain_ffn, plain_arguments(2, torch.float32, sizes=(16, 32, 4)))
     arguments = plain_arguments(2, torch.float32, sizes=(16, 32, 4), family="lowbit_up", biases=False)
-    torch.library.opcheck(triton.plain_ffn, tuple(arguments))
+    check_op(triton.plain_ffn, arguments)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,9 @@ def test_library_checks() -> None:
     ],
 )
 def test_refuses(place: int, value: Any, message: str) -> None:
+    from moyu_kernels.ops.ffn import triton
+
     arguments = plain_arguments(1, torch.float32)
     arguments[place] = value
     with pytest.raises(ValueError, match=message):
-        run(arguments)
+        triton.plain_ffn(*arguments)

@@ -1,20 +1,21 @@
-"""The rule "topk" in Triton against its naive twin, gated and plain, with Triton's interpreter (`test_triton_ffn`)."""
+"""The rule "topk" in Triton against its naive twin, gated and plain, where `on_device` says."""
 
 from typing import Any
 
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
+from on_device import agree, check_op, computed, run_interpreted, run_on_device
 from predictors import random_predictor
 from test_plain_op import plain_arguments
 from test_topk import topk_arguments
-from test_triton_ffn import agree, interpreted, poisoned, run_interpreted  # noqa: F401 (a fixture)
+from test_triton_ffn import poisoned  # noqa: F401 (a fixture)
 
 
 def run(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     from moyu_kernels.ops.ffn import triton
 
-    return (triton.gated_ffn if len(arguments) == 9 else triton.plain_ffn)(*arguments)
+    return run_on_device(triton.gated_ffn if len(arguments) == 9 else triton.plain_ffn, *arguments)
 
 
 def check(arguments: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,14 +31,14 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
 def test_equals_naive(rows: int, dtype: torch.dtype) -> None:
     assert check(topk_arguments(rows, dtype, 50))[1].tolist() == [[193, 50]] * rows
     check(plain_arguments(rows, dtype, "topk"))
 
 
-@interpreted
+@computed
 def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from moyu_kernels.ops.ffn import triton
 
@@ -47,7 +48,7 @@ def test_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert check(topk_arguments(1, torch.float32, keep))[1].tolist() == [[193, keep]]
 
 
-@interpreted
+@computed
 def test_ties_are_kept_and_zeros_are_not() -> None:
     arguments = topk_arguments(3, torch.float32, 60, act="relu")
     arguments[:3] = [torch.randint(-1, 2, tensor.shape).float() for tensor in arguments[:3]]
@@ -58,7 +59,7 @@ def test_ties_are_kept_and_zeros_are_not() -> None:
     assert (check(arguments)[1][:, 1] < 193).all()
 
 
-@interpreted
+@computed
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite(value: float) -> None:
     arguments = topk_arguments(2, torch.float32, 20)
@@ -67,7 +68,7 @@ def test_what_is_not_finite(value: float) -> None:
     assert value == float("inf") or y.isfinite().all()
 
 
-@interpreted
+@computed
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
     x, *rest = topk_arguments(4, torch.float32, 20, (65, 97, 17))
     y, counts = run([x, *rest])
@@ -78,7 +79,7 @@ def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat() -> None:
         assert torch.equal(alone_counts[0], counts[row])
 
 
-@interpreted
+@computed
 def test_the_order_of_the_neurons_does_not_matter() -> None:
     x, *weights, act, predictor, rule, keep = topk_arguments(2, torch.float32, 20)
     y, counts = run([x, *weights, act, predictor, rule, keep])
@@ -88,7 +89,7 @@ def test_the_order_of_the_neurons_does_not_matter() -> None:
     assert torch.equal(moved[1], counts)
 
 
-@interpreted
+@computed
 def test_down_rows_that_are_not_needed_are_not_loaded() -> None:
     arguments = topk_arguments(2, torch.float32, 20)
     y, _ = run(arguments)
@@ -100,11 +101,11 @@ def test_down_rows_that_are_not_needed_are_not_loaded() -> None:
     assert torch.equal(run(arguments)[0], y)
 
 
-@interpreted
+@computed
 def test_library_checks() -> None:
     from moyu_kernels.ops.ffn import triton
 
-    torch.library.opcheck(triton.gated_ffn, tuple(topk_arguments(2, torch.float32, 5, (16, 32, 4))))
+    check_op(triton.gated_ffn, topk_arguments(2, torch.float32, 5, (16, 32, 4)))
 
 
 def test_refuses_and_launches_four() -> None:
