@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--mode", choices=("predicted", "rule", "dense"), default="predicted", help="which mask to decode with"
     )
-    generate.add_argument("--backend", choices=("auto", "cpu", "reference"), default="auto")
+    generate.add_argument("--backend", choices=("auto", "cpu", "triton", "reference"), default="auto")
     plain = verb("export-dense", "a stock folder of a sparse checkpoint's weights, without its masks")
     plain.add_argument("folder", help="sparse checkpoint")
     plain.add_argument("out", help="folder to write")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moyu_train.analysis.subject import SKIP, Seen, Subject, Window
+from moyu_train.models.blocks import device_of
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
 
@@ -115,7 +116,7 @@ def find_senses(subject: Subject, sequences: list[Window]) -> Tensor:
     with masking, torch.no_grad():
         for window in track(sequences, f"analyze {subject.name}: senses"):
             span = slice(window.start, window.start + len(window.ids))
-            subject.model(input_ids=window.ids[None].to(project.device), use_cache=False, logits_to_keep=1)
+            subject.model(input_ids=window.ids[None].to(device_of(subject.model)), use_cache=False, logits_to_keep=1)
             x = masking.input(middle).reshape(-1, hidden).float().cpu()
             use = rows[span] >= 0
             sketches[place[span][use]] = x[use] @ project

@@ -62,6 +62,7 @@ class StockDecoder:
         self.model(input_ids=ids.to(self.model.device), past_key_values=self.cache, logits_to_keep=1)
         self.position.fill_(ids.shape[1])
 
+    @torch.inference_mode()
     def seek(self, position: int) -> None:
         layers: list[Any] = self.cache.layers
         for layer in layers:

@@ -8,6 +8,7 @@ from moyu_kernels.heads import HeadRouters, install_heads, simulated_because
 from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.evaluation.through_kernels import check_agreement, decoded_losses, masked_losses, perplexity
+from moyu_train.models.blocks import device_of
 from moyu_train.models.heads import Attention, find_attention
 from moyu_train.training.heads import Routers, check_shares, fit_routers, sparse_attentions
 
@@ -114,7 +115,8 @@ class Judge:
             masked = masked_losses(self.model, few)
         named = zip(self.attentions, self.routers, strict=True)
         routers = {attention.block.path: router for attention, router in named}
-        install_heads(self.model, HeadRouters(self.settings.unit, keep, self.attentions[0].block.down, routers))
+        heads = HeadRouters(self.settings.unit, keep, self.attentions[0].block.down, routers)
+        install_heads(self.model, heads, backend="cpu" if device_of(self.model).type == "cpu" else "reference")
         found = decoded_losses(self.model, few)
         check_agreement(found, masked)
         return {"perplexity": perplexity(found), "tokens": len(few), "masked_perplexity": perplexity(masked)}

@@ -81,8 +81,20 @@ def plan(
         score = (None, None, None, *rounded, *codes, None)
     elif family == "given":
         score = (*(None,) * 12, *predictor)
-    constants = {"RANKS": 128, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps, **lists.constants}
-    constants |= {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
+    words = lowbit and r % 4 == 0
+    if words:
+        r //= 4
+        score = tuple(None if part is None else _words(part) for part in score)
+    packed = (target.backend if isinstance(gate_up_kernel, triton.JITFunction) else "any") if words else "no"
+    constants = {
+        "RANKS": 128,
+        "PACKED": packed,
+        "AHEAD": 4 if n <= 4 else 2,
+        "SLOTS": slots,
+        "COLUMNS": columns,
+        "STEPS": steps,
+    }
+    constants |= lists.constants | {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
     launches.append(
         Launch(
             gate_up_kernel,
@@ -99,6 +111,11 @@ def plan(
         launches.append(Launch(list_kernel, (blocks,), ranked, lists.constants, options))
     launch, y, counts = lists.sum_rows(down, down_bias, options, x.dtype, column_scales)
     return [*launches, launch], y, counts
+
+
+def _words(part: Tensor) -> Tensor:
+    """Bytes of a row four by four."""
+    return part.view(torch.int32) if part.element_size() == 1 else part
 
 
 @cache

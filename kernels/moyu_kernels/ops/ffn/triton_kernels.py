@@ -1,7 +1,7 @@
 """Device code of the gated or plain FFN with a dynamic mask; `triton.py` launches it.
 
-Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank; B blocks of at most 128 neurons, S chains
-of neighbouring blocks, C tiles of columns, all three fixed by the shape of the weights.
+Shapes: N rows (tokens, 1 to 8), D hidden size, F neurons, R predictor rank; B blocks of at most 128 neurons, chains of
+neighbouring blocks, C tiles of columns, all three fixed by the shape of the weights.
 
 A program packs the needed neurons of its block into a list, so that every load it issues is useful. What is added to
 what, and in which order, depends on the neuron's number and never on its place in a list: runs repeat bitwise, and a
@@ -23,18 +23,18 @@ def gate_up_kernel(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
-    PLANES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
-    PARTS: tl.constexpr, EVEN: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
     x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None; scales
     `[3, F]` fp32 of int8 rows of gate, up and down, or None; threshold `[F]` fp32. Predictor, all None where all
     neurons are selected: hidden `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums
-    from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), scales and weight `[F]` fp32; and bias `[F]`
-    fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or None: under "topk" no threshold is applied, all
-    values are written beside what they are ranked by, and `triton_topk` goes on. EVEN: D is a multiple of COLUMNS *
-    STEPS, so no mask is held. PARTS: columns to an accumulator.
+    from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), or a quarter of it in `select_lowbit`'s words,
+    scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or
+    None: under "topk" no threshold is applied, all values are written beside what they are ranked by, and `triton_topk`
+    goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held. PARTS: columns to an accumulator.
     Out: values `[N, F]` fp32, written where selected, times down's scales but where keys are; neurons `[F]` int32, the
     first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets
     `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -51,7 +51,7 @@ def gate_up_kernel(
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
-            bias_ptr, shift_ptr, f, F, R, PLANES, ACT, N, BLOCK, 8192 // (BLOCK * PLANES),
+            bias_ptr, shift_ptr, f, F, R, PLANES, PACKED, ACT, N, 512 // BLOCK, AHEAD,
         )  # fmt: skip
     elif mask_ptr is not None:
         wanted = tl.load(mask_ptr + f, mask=f < F, other=0).to(tl.int32) & ((1 << N) - 1)
@@ -143,14 +143,15 @@ def gate_up_kernel(
 @triton.jit
 def down_kernel(
     down_ptr, columns_ptr, shift_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, partials_ptr,
-    y_ptr, counts_ptr, F, D, BLOCKS, ALL_CHAINS,
+    y_ptr, counts_ptr, F, D, BLOCKS,
     N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LINKS: tl.constexpr, CHAINS: tl.constexpr,
-    COLUMNS: tl.constexpr, VECTOR: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
+    COLUMNS: tl.constexpr, STEPS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
-    """`y = (a @ down) * columns + shift` over some chains, one tile of columns; its last program adds up all chains.
+    """`y = (a @ down) * columns + shift` over some chains, one tile of columns; its last program adds up all programs.
 
     down `[F, D]`; columns `[D]` fp32 of int8 rows or None; shift `[D]` or None; values, neurons, lengths, tallies,
-    tickets as left by `gate_up_kernel`; partials `[S, N, D]` fp32 scratch. Out: y `[N, D]`, counts `[N, 2]` int32.
+    tickets as left by `gate_up_kernel`; partials `[P, N, D]` fp32 scratch, P programs to a tile. Out: y `[N, D]`,
+    counts `[N, 2]` int32.
     """
     tile = tl.program_id(1).to(tl.int64)
     chain = tl.program_id(0).to(tl.int64) * CHAINS + tl.arange(0, CHAINS)
@@ -183,7 +184,7 @@ def down_kernel(
             weights += (tl.load(down_ptr + offset, mask=inside, other=0.0),)
         tl.debug_barrier()  # as in `gate_up_kernel`
         for step in tl.static_range(STEPS):
-            if VECTOR == 16 and N > 4 and step % 3 == 0 and step > 0:
+            if down_ptr.dtype.element_ty == tl.int8 and N > 4 and step % 3 == 0 and step > 0:
                 tl.debug_barrier()  # against values of too many steps in registers at once
             w = weights[step].to(tl.float32)
             new = ()
@@ -192,14 +193,10 @@ def down_kernel(
                 new += (tl.fma(w, a[:, None], acc[n]),)
             acc = new
 
-    # Stored as [4-vector of a load, chain, load, column of a vector]: the order in which the threads hold them.
-    part = tl.arange(0, VECTOR // 4)[:, None, None, None] * 4
-    where = tl.arange(0, COLUMNS // VECTOR)[None, None, :, None] * VECTOR
-    d = tile * COLUMNS + part + where + tl.arange(0, 4)[None, None, None, :]
-    owner = chain[None, :, None, None]
+    own = tile * COLUMNS + tl.arange(0, COLUMNS)
     for n in tl.static_range(N):
-        partial = tl.permute(tl.reshape(acc[n], [CHAINS, COLUMNS // VECTOR, VECTOR // 4, 4]), [2, 0, 1, 3])
-        tl.store(partials_ptr + (owner * N + n) * D + d, partial, mask=(owner < ALL_CHAINS) & (d < D))
+        partial_ptr = partials_ptr + (tl.program_id(0).to(tl.int64) * N + n) * D + own
+        tl.store(partial_ptr, tl.sum(acc[n], 0), mask=own < D)
 
     tl.debug_barrier()  # the partials of all threads come before the ticket
     if tl.atomic_add(tickets_ptr + tile, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -208,11 +205,12 @@ def down_kernel(
         column = tile * COLUMNS + lane % COLUMNS
         inside = (row < N) & (column < D)
         y = tl.zeros([ROWS * COLUMNS], tl.float32)
-        for start in range(0, ALL_CHAINS, RUNS):
+        programs = tl.num_programs(0)
+        for start in range(0, programs, RUNS):
             partials = ()
             for run in tl.static_range(RUNS):
                 line = (start + run) * N + row
-                live = inside & (line < ALL_CHAINS * N)
+                live = inside & (line < programs * N)
                 line_ptr = partials_ptr + line * D + column
                 partials += (tl.load(line_ptr, mask=live, other=0.0, cache_modifier=".cg"),)
             for run in tl.static_range(RUNS):

@@ -66,17 +66,17 @@ class Lists:
         chains = triton.cdiv(blocks, links)
         y = torch.empty(n, d, dtype=dtype, device=weight.device)
         counts = torch.empty(n, 2, dtype=torch.int32, device=weight.device)
-        partials = torch.empty(chains, n, d, dtype=torch.float32, device=weight.device)
+        programs = triton.cdiv(chains, CHAINS)
+        partials = torch.empty(programs, n, d, dtype=torch.float32, device=weight.device)
         launch = Launch(
             down_kernel,
-            (triton.cdiv(chains, CHAINS), len(self.tickets)),
-            (weight, columns, bias, *self.tensors, partials, y, counts, f, d, blocks, chains),
+            (programs, len(self.tickets)),
+            (weight, columns, bias, *self.tensors, partials, y, counts, f, d, blocks),
             {
                 **self.constants,
                 "LINKS": links,
                 "CHAINS": CHAINS,
                 "COLUMNS": TILE_BYTES // weight.element_size(),
-                "VECTOR": 16 // weight.element_size(),
                 "STEPS": 16 if n <= 4 else 12 if weight.element_size() > 1 else 8,
                 "RUNS": min(32, (128 if weight.element_size() > 1 else 64) // triton.next_power_of_2(n)),
             },

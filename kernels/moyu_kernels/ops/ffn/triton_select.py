@@ -113,45 +113,95 @@ def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, PLANES: tl.constexpr, COL
 
 
 @triton.jit
-def _product(
-    x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q, n,
-    PLANES: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+def _dot4(a, b, acc, PACKED: tl.constexpr):
+    """`acc` plus the products of four int8 in each int32 of a, none of them negative, and of b."""
+    if PACKED == "cuda":
+        acc = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif PACKED == "hip":
+        acc = tl.inline_asm_elementwise(
+            "v_dot4_i32_i8 $0, $1, $2, $3", "=v,v,v,v", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for byte in tl.static_range(4):
+            acc += ((a >> (8 * byte)) & 255) * ((b << (24 - 8 * byte)) >> 24)
+    return acc
+
+
+@triton.jit
+def _products(
+    x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """`[BLOCK]` fp32: row n of x times the weights of neurons `f`, PLANES to a byte. Sums are of integers."""
+    """N times `[BLOCK]` fp32: a row of x times the weights of neurons `f`, PLANES to a byte. Sums are of integers."""
     BITS: tl.constexpr = 8 // PLANES
     TOP: tl.constexpr = (1 << BITS) - 1
-    acc = tl.zeros([BLOCK, BYTES], tl.int32)
-    for start in range(0, Q, BYTES):
-        j = start + tl.arange(0, BYTES)[None, :]
-        inside = (f[:, None] < F) & (j < Q)
-        codes = tl.load(codes_ptr + f[:, None] * Q + j, mask=inside, other=0).to(tl.int32)
-        for k in tl.static_range(PLANES):
-            x = tl.load(x8_ptr + (n * PLANES + k) * Q + j + 0 * f[:, None], mask=inside, other=0).to(tl.int32)
-            acc += ((codes >> BITS * k) & TOP) * x
-    dots = 2 * tl.sum(acc, 1) - TOP * tl.load(sums_ptr + n)
-    return dots.to(tl.float32) * tl.load(step_ptr + n) * tl.load(scale_ptr + f, mask=f < F, other=0.0)
+    BLOCK: tl.constexpr = f.shape[0]
+    acc = ()
+    for _ in tl.static_range(N):
+        acc += (tl.zeros([BLOCK, WIDTH], tl.int32),)
+    for start in range(0, Q, WIDTH * AHEAD):
+        codes = ()
+        for step in tl.static_range(AHEAD):
+            j = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
+            inside = (f[:, None] < F) & (j < Q)
+            codes += (tl.load(codes_ptr + f[:, None] * Q + j, mask=inside, other=0),)
+        for step in tl.static_range(AHEAD):
+            j = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
+            code = codes[step].to(tl.int32)
+            new = ()
+            for n in tl.static_range(N):
+                total = acc[n]
+                for k in tl.static_range(PLANES):
+                    # One pointer per code, though all neurons share the row: it loads where it is used.
+                    x_ptr = x8_ptr + (n * PLANES + k) * Q + j + 0 * f[:, None]
+                    x = tl.load(x_ptr, mask=j < Q, other=0).to(tl.int32)
+                    if PACKED == "no":
+                        total += ((code >> BITS * k) & TOP) * x
+                    else:
+                        total = _dot4((code >> BITS * k) & (TOP * 0x01010101), x, total, PACKED)
+                new += (total,)
+            acc = new
+    scale = tl.load(scale_ptr + f, mask=f < F, other=0.0)
+    found = ()
+    for n in tl.static_range(N):
+        dots = 2 * tl.sum(acc[n], 1) - TOP * tl.load(sums_ptr + n)
+        found += (dots.to(tl.float32) * tl.load(step_ptr + n) * scale,)
+    return found
 
 
 @triton.jit
 def select_lowbit(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     shift_ptr, f, F, Q,
-    PLANES: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, BYTES: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n.
 
-    Of a plain FFN up's codes stand for gate's, None for up's, and shift is up's bias or None.
+    Of a plain FFN up's codes stand for gate's, None for up's, and shift is up's bias or None. PACKED: "no" where codes
+    and x8 are bytes, Q of them a row; else they are int32, four bytes each, and Q counts these: "cuda" and
+    "hip" multiply them by one instruction of such a GPU, "any" by plain ones. WIDTH, AHEAD: of a row at once, and how
+    often ahead.
     """
     weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
-    wanted = tl.zeros([BLOCK], tl.int32)
+    gates = _products(
+        x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, PLANES, PACKED, N, WIDTH, AHEAD
+    )
+    if up_codes_ptr is not None:
+        ups = _products(
+            x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, PLANES, PACKED, N, WIDTH, AHEAD
+        )
+    wanted = tl.zeros([f.shape[0]], tl.int32)
     for n in tl.static_range(N):
-        g = _product(x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
+        g = gates[n]
         if shift_ptr is not None:
             g += tl.load(shift_ptr + f, mask=f < F, other=0.0).to(tl.float32)
         a = activate(g, ACT)
         if up_codes_ptr is not None:
-            a *= _product(x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, n, PLANES, BLOCK, BYTES)
+            a *= ups[n]
         score = weight * tl.sqrt_rn(tl.abs(a)) + bias
         wanted |= (score > 0).to(tl.int32) << n
     return tl.where(f < F, wanted, 0)
