@@ -126,7 +126,8 @@ def test_activations(act: str) -> None:
         (1, 1, 1, 1, 1.0),
         (1, 40, 1100, 3, -0.3),  # two blocks a chain
         (2, 1030, 33, 130, 0.0),  # several steps over D and over R, several tiles of columns
-        (1, 24, 4100, 5, -0.4),  # four larger blocks a chain, five programs a tile
+        (1, 24, 8200, 5, -0.4),  # larger blocks
+        (3, 96, 40, 16, 0.0),  # codes in words, a row and a half of them at once
     ],
 )
 @pytest.mark.parametrize("family", KINDS)
@@ -288,3 +289,14 @@ def test_needs_a_gpu() -> None:
 
     with pytest.raises(ValueError, match="needs a GPU"):
         triton.gated_ffn(**make(1))
+
+
+def test_a_triton_that_compiles_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moyu_kernels.ops.ffn import triton
+
+    monkeypatch.setattr(triton, "OLD_TRITON", True)
+    x = torch.empty(0, device="meta")
+    monkeypatch.setattr(type(x), "is_cuda", True)
+    monkeypatch.setattr(triton, "down_kernel", None)
+    with pytest.raises(ValueError, match=r"misaligned loads.*install 3\.7 or later"):
+        triton.run_on(x, lambda target: pytest.fail("planned"))

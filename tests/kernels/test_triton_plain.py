@@ -51,10 +51,12 @@ def test_activations(act: str) -> None:
     [
         (1, (1, 2, 1)),
         (2, (1030, 33, 130)),  # several steps over D, several tiles of columns
+        (5, (64, 40, 16)),  # codes in words
     ],
 )
-def test_sizes(n: int, sizes: tuple[int, int, int]) -> None:
-    check(plain_arguments(n, torch.float32, sizes=sizes, family="lowrank"))
+@pytest.mark.parametrize("family", PLAIN_KINDS)
+def test_sizes(family: str, n: int, sizes: tuple[int, int, int]) -> None:
+    check(plain_arguments(n, torch.float32, sizes=sizes, family=family))
 
 
 @computed

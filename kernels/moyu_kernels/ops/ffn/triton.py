@@ -24,7 +24,9 @@ MAX_ROWS = 8
 RULES = ("threshold", "topk")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each; 16 threads for int8
-RANKED = 4096  # keys that a program of `least_kernel` counts at once
+RANKED = 16384  # keys that a program of `least_kernel` counts at once
+RANKING = 512  # its threads
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 def plan(
@@ -54,13 +56,15 @@ def plan(
     lists, columns = Lists.empty(n, down), ROW_BYTES // max(down.element_size(), 2)
     blocks, tiles = len(lists.lengths), len(lists.tickets)
     # Where steps divide the rows the loads need no mask: it takes registers, enough of them to make ptxas spill.
-    wished = range(8, 3, -1) if n <= 4 else range(4, 9)
+    # Long rows come in short pieces, so that more programs, each with less in flight, take turns (docs/log.md 50).
+    long = n <= 2 and d > 8 * columns
+    wished = range(4, 9) if long or n > 4 else range(8, 3, -1)
     steps = next((s for s in wished if d % (s * columns) == 0), min(wished[0], triton.cdiv(d, columns)))
     slots = THREADS * 16 // (columns * down.element_size())  # neurons in work at once, each thread with a load of one
     if up is None or steps < 3:
         slots *= 2  # as many loads in flight of one matrix, or of short rows
-    # Rows of few steps need 3 programs on an SM to have enough loads in flight, longer ones 2.
-    options = options_of(target, 168 if n <= 2 and steps < 4 else 255)
+    # Then 3 programs fit an SM, as rows of few steps need them to have enough loads in flight; else 2.
+    options = options_of(target, 168 if long or (n <= 2 and steps < 4) else 255)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -86,14 +90,9 @@ def plan(
         r //= 4
         score = tuple(None if part is None else _words(part) for part in score)
     packed = (target.backend if isinstance(gate_up_kernel, triton.JITFunction) else "any") if words else "no"
-    constants = {
-        "RANKS": 128,
-        "PACKED": packed,
-        "AHEAD": 4 if n <= 4 else 2,
-        "SLOTS": slots,
-        "COLUMNS": columns,
-        "STEPS": steps,
-    }
+    ahead = 2 ** (3 - (n - 1) // 2)  # loads of a predictor's row at once: as many as registers are left for
+    ahead = ahead if target.backend == "cuda" else max(ahead // 2, 1)
+    constants = {"PACKED": packed, "AHEAD": ahead, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps}
     constants |= lists.constants | {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
     launches.append(
         Launch(
@@ -106,7 +105,9 @@ def plan(
     )
     if keys is not None:
         least, wide = empty(n, dtype=torch.int32), min(RANKED, triton.next_power_of_2(f))
-        launches.append(Launch(least_kernel, (n,), (keys, least, f, keep), {"COLUMNS": wide}, options))
+        ranking = options_of(target, 128) | {"num_warps": RANKING // target.warp_size}
+        held = {"COLUMNS": wide, "HELD": f <= wide}
+        launches.append(Launch(least_kernel, (n,), (keys, least, f, keep), held, ranking))
         ranked = (keys, least, scales, *lists.tensors[:-1], f)
         launches.append(Launch(list_kernel, (blocks,), ranked, lists.constants, options))
     launch, y, counts = lists.sum_rows(down, down_bias, options, x.dtype, column_scales)
@@ -219,11 +220,16 @@ def gated_ffn(
 def run_on(x: Tensor, planned: Callable[[GPUTarget], tuple[list[Launch], Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Runs what is planned for the device of x; returns its outputs.
 
-    Raises: ValueError where it is no GPU.
+    Raises: ValueError where it is no GPU, or Triton is one that compiles the kernels wrongly.
     """
     if x.device.type != "cuda" and isinstance(down_kernel, triton.JITFunction):
         raise ValueError(
             f"x is on {x.device}: the triton backend needs a GPU (or TRITON_INTERPRET=1 before the import)"
+        )
+    if x.is_cuda and OLD_TRITON:
+        raise ValueError(
+            f"triton {triton.__version__} compiles these kernels to misaligned loads, which end the process; install "
+            "3.7 or later (with a torch that goes with it), or use the backend reference"
         )
     with torch.cuda.device_of(x):
         launches, y, counts = planned(_target(x.device))

@@ -22,7 +22,7 @@ def gate_up_kernel(
     x_ptr, gate_ptr, up_ptr, shift_ptr, scales_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
-    ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+    ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
     STEPS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def gate_up_kernel(
     lane = tl.arange(0, BLOCK)
     f = block * BLOCK + lane
     if hidden_ptr is not None:
-        wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, BLOCK, RANKS)
+        wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, 2048 // BLOCK, AHEAD)
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,

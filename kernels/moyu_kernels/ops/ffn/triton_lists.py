@@ -13,6 +13,7 @@ from .triton_kernels import down_kernel
 THREADS = 128
 TILE_BYTES = 256  # of a row per program: 16 threads with a 16-byte load each
 CHAINS = THREADS // 16  # chains in work at once
+AT_ONCE = 512  # programs that a large GPU has room for, four on an SM
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Lists:
 
     @classmethod
     def empty(cls, rows: int, weight: Tensor) -> "Lists":
-        """About 256 blocks, whatever the model: enough programs for a large GPU."""
+        """256 to 511 blocks, whatever the model: enough programs for a large GPU."""
         f, d = weight.shape
-        block = min(128, max(16, triton.next_power_of_2(triton.cdiv(f, 256))))
+        block = min(128, max(16, triton.next_power_of_2(f // 256 + 1) // 2))
         blocks, tiles = triton.cdiv(f, block), triton.cdiv(d, TILE_BYTES // weight.element_size())
 
         def ints(*shape: int) -> Tensor:
@@ -62,27 +63,31 @@ class Lists:
         columns: fp32 `[D]` of int8 rows, which y is multiplied by.
         """
         (f, d), n, blocks = weight.shape, len(self.values), len(self.lengths)
-        links = min(4, triton.next_power_of_2(triton.cdiv(blocks, 64)))  # about 64 chains: few partial sums
-        chains = triton.cdiv(blocks, links)
+        tiles = len(self.tickets)
+        links = next((links for links in (1, 2) if _programs(blocks, links) * tiles <= AT_ONCE), 4)
         y = torch.empty(n, d, dtype=dtype, device=weight.device)
         counts = torch.empty(n, 2, dtype=torch.int32, device=weight.device)
-        programs = triton.cdiv(chains, CHAINS)
+        programs = _programs(blocks, links)
         partials = torch.empty(programs, n, d, dtype=torch.float32, device=weight.device)
         launch = Launch(
             down_kernel,
-            (programs, len(self.tickets)),
+            (programs, tiles),
             (weight, columns, bias, *self.tensors, partials, y, counts, f, d, blocks),
             {
                 **self.constants,
                 "LINKS": links,
                 "CHAINS": CHAINS,
                 "COLUMNS": TILE_BYTES // weight.element_size(),
-                "STEPS": 16 if n <= 4 else 12 if weight.element_size() > 1 else 8,
+                "STEPS": 8 if n <= 4 or weight.element_size() == 1 else 12,
                 "RUNS": min(32, (128 if weight.element_size() > 1 else 64) // triton.next_power_of_2(n)),
             },
-            options,
+            options | ({"maxnreg": 128} if n <= 2 and "maxnreg" in options else {}),  # 4 programs on an SM
         )
         return launch, y, counts
+
+
+def _programs(blocks: int, links: int) -> int:
+    return triton.cdiv(triton.cdiv(blocks, links), CHAINS)
 
 
 def options_of(target: GPUTarget, registers: int = 255) -> dict[str, int | bool]:

@@ -209,21 +209,28 @@ def select_lowbit(
 
 @triton.jit
 def select_lowrank(
-    hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr
+    hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr
 ):
-    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n."""
+    """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n. WIDTH, AHEAD: as there."""
+    acc = zeros(N, f.shape[0], WIDTH // 4)
+    for start in range(0, R, WIDTH * AHEAD):
+        weights = ()
+        for step in tl.static_range(AHEAD):
+            r = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
+            inside = (f[:, None] < F) & (r < R)
+            weights += (tl.load(w2_ptr + f[:, None] * R + r, mask=inside, other=0),)
+        for step in tl.static_range(AHEAD):
+            r = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
+            w = parts(weights[step].to(tl.float32), 4)
+            new = ()
+            for n in tl.static_range(N):
+                h = tl.load(hidden_ptr + n * R + r + 0 * f[:, None], mask=r < R, other=0.0)
+                new += (fused_sum(w, parts(h, 4), acc[n]),)
+            acc = new
     scale = tl.load(s2_ptr + f, mask=f < F, other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
-    wanted = tl.zeros([BLOCK], tl.int32)
+    wanted = tl.zeros([f.shape[0]], tl.int32)
     for n in tl.static_range(N):
-        acc = tl.zeros([BLOCK, RANKS], tl.float32)
-        for start in range(0, R, RANKS):
-            r = start + tl.arange(0, RANKS)[None, :]
-            inside = (f[:, None] < F) & (r < R)
-            w = tl.load(w2_ptr + f[:, None] * R + r, mask=inside, other=0).to(tl.float32)
-            # One pointer per element of w, though all neurons share the row: it loads where it is used.
-            h = tl.load(hidden_ptr + n * R + r + 0 * f[:, None], mask=inside, other=0.0)
-            acc = tl.fma(w, h, acc)
-        score = tl.sum(acc, 1) * scale + bias
+        score = tl.sum(acc[n], 1) * scale + bias
         wanted |= (score > 0).to(tl.int32) << n
     return tl.where(f < F, wanted, 0)

@@ -11,28 +11,33 @@ import triton.language as tl
 
 
 @triton.jit
-def _reaching(keys_ptr, F, least, COLUMNS: tl.constexpr):
-    """How many of F keys are `least` or more."""
-    found = tl.zeros([COLUMNS], tl.int32)
-    for start in range(0, F, COLUMNS):
-        f = start + tl.arange(0, COLUMNS)
-        found += (tl.load(keys_ptr + f, mask=f < F, other=-2) >= least).to(tl.int32)
+def _reaching(keys_ptr, held, F, least, COLUMNS: tl.constexpr, HELD: tl.constexpr):
+    """How many of F keys are `least` or more. held: the keys, where they are HELD in registers."""
+    if HELD:
+        found = (held >= least).to(tl.int32)
+    else:
+        found = tl.zeros([COLUMNS], tl.int32)
+        for start in range(0, F, COLUMNS):
+            f = start + tl.arange(0, COLUMNS)
+            found += (tl.load(keys_ptr + f, mask=f < F, other=-2) >= least).to(tl.int32)
     return tl.sum(found, 0)
 
 
 @triton.jit
-def least_kernel(keys_ptr, least_ptr, F, K, COLUMNS: tl.constexpr):
+def least_kernel(keys_ptr, least_ptr, F, K, COLUMNS: tl.constexpr, HELD: tl.constexpr):
     """The K-th largest key of a row, one row per program, bit by bit from the highest one.
 
-    keys `[N, F]` int32, -1 or more. Out: least `[N]` int32.
+    keys `[N, F]` int32, -1 or more. HELD: F is at most COLUMNS, so all are read once. Out: least `[N]` int32.
     """
     n = tl.program_id(0).to(tl.int64)
     keys_ptr += n * F
+    f = tl.arange(0, COLUMNS)
+    held = tl.load(keys_ptr + f, mask=f < F, other=-2)
     least = tl.full([], 0, tl.int32)
-    numbers = _reaching(keys_ptr, F, least, COLUMNS)
+    numbers = _reaching(keys_ptr, held, F, least, COLUMNS, HELD)
     for bit in range(31):
         candidate = least | (1 << (30 - bit))
-        least = tl.where(_reaching(keys_ptr, F, candidate, COLUMNS) >= K, candidate, least)
+        least = tl.where(_reaching(keys_ptr, held, F, candidate, COLUMNS, HELD) >= K, candidate, least)
     tl.store(least_ptr + n, tl.where(numbers >= K, least, -1))
 
 
