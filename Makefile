@@ -6,7 +6,7 @@ API := moyu_train.api moyu_train.recipe moyu_train.settings moyu_train.settings_
 	moyu_train.sparsifiers moyu_train.penalties moyu_train.predictors \
 	moyu_kernels.loading moyu_kernels.runner moyu_kernels.guard moyu_kernels.modules moyu_kernels.rules
 
-.PHONY: quickstart test test-slow lint docs install demo-model clean
+.PHONY: quickstart test test-slow test-gpu lint docs install demo-model clean
 
 quickstart: install demo-model  ## the main job on a real model, then its result table
 	$(BIN)/moyu run recipes/smollm2-135m/quickstart.yaml
@@ -17,6 +17,10 @@ test: install  ## lint, types and the tests that fit into minutes
 
 test-slow: install demo-model  ## the full matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto
+
+test-gpu: install  ## the Triton ops, and the whole path on tiny models, on a GPU (a CUDA build of torch in the venv)
+	MOYU_TEST_GPU=1 $(BIN)/python -m pytest -q -n 8 -k "not under_the_interpreter" \
+		tests/test_on_gpu.py tests/kernels/test_models_on_gpu.py tests/kernels/test_triton_*.py
 
 lint:
 	$(BIN)/ruff check .

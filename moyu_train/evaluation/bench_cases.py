@@ -295,10 +295,11 @@ def _level(values: Tensor, density: float) -> float:
 
 
 def random_predictor(family: str, hidden: int, neurons: int, itemsize: int) -> list[Tensor]:
-    """Tensors of a predictor as `naive.PREDICTORS` names them, their bias 0; low rank: 3 % of the FFN's bytes."""
+    """Tensors of a predictor as `naive.PREDICTORS` names them, their bias 0; low rank: about 3 % of the FFN's bytes, in
+    a multiple of 16, for rows that loads of 16 bytes divide."""
     generator = torch.Generator().manual_seed(1)
     if family == "lowrank":
-        rank = max(round(PREDICTOR_SHARE * 3 * hidden * neurons * itemsize / (hidden + neurons)), 1)
+        rank = 16 * max(round(PREDICTOR_SHARE * 3 * hidden * neurons * itemsize / (hidden + neurons) / 16), 1)
         w1, w2 = (
             torch.randint(-127, 128, size, generator=generator, dtype=torch.int8)
             for size in ((rank, hidden), (neurons, rank))
