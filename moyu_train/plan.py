@@ -19,7 +19,7 @@ from moyu_train.progress import track
 from moyu_train.recipe import CONTROL, Recipe
 from moyu_train.registry import resolve
 from moyu_train.step_cost import Stepper
-from moyu_train.training.memory import FULL, HALF, LAUNCHERS, Sizes, measure_sizes, needs_parent, training_memory
+from moyu_train.training.memory import FULL, HALF, LAUNCHERS, Sizes, measure_sizes, training_memory
 
 PROBE_STEPS = 3
 
@@ -75,7 +75,7 @@ def plan_command(recipe: Recipe, known: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parent_parameters(recipe: Recipe, found: Sizes) -> int:
-    if not needs_parent(recipe):
+    if not recipe.finetune.holds_parent:
         return 0
     if recipe.finetune.parent in ("", CONTROL):
         return found.parameters

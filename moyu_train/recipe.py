@@ -15,6 +15,8 @@ from moyu_train.errors import MoyuError
 from moyu_train.penalties import PENALTIES
 from moyu_train.predictors import PREDICTORS
 from moyu_train.settings import (
+    CONTROL,
+    SHARED,
     Allocation,
     Analyze,
     Block,
@@ -32,7 +34,6 @@ from moyu_train.settings import (
 from moyu_train.settings_export import Bench, Evaluate, Export, Heads
 from moyu_train.sparsifiers import SPARSIFIERS
 
-CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model
 DEPTH = 30  # of nested lists and mappings in a recipe
 INERTIA_RAMP = (0.3, 0.5)  # shares of the steps between which the coefficient of `inertia` rises from 0
 
@@ -110,6 +111,11 @@ class Recipe(Section):
             raise ValueError(
                 "finetune.parent 'shared' is the student without its deltas, for finetune.lora with block_weight 0; "
                 "give lora, or leave parent empty for a copy of the model"
+            )
+        if self.finetune.parent_offload and not self.finetune.holds_parent:
+            raise ValueError(
+                "finetune.parent_offload keeps the parent's copy in the CPU's memory, and there is none with parent "
+                "'shared', or with kl_weight and block_weight 0; leave it out"
             )
         if self.penalty:
             _known("penalty", self.penalty.name, PENALTIES)

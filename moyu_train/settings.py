@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+CONTROL, SHARED = "control", "shared"  # as finetune.parent: no other model
+
 GOALS = ("bytes_skipped", "ppl_over_rule", "recall", "cut")  # of `calibrate`, one of them
 STATISTIC = "contribution: abs(a) times the norm of the neuron's column of down; magnitude: abs(a)"
 
@@ -204,6 +206,11 @@ class Optimise(Section):
         description="dense model to distil from, of the same vocabulary: default a copy of `model`; `control`: the "
         "dense control; `shared`: with lora, the student without its deltas and masks, no copy",
     )
+    parent_offload: bool = Field(
+        False,
+        description="keep the parent's weights in the CPU's memory, and bring each module's to the GPU when it "
+        "computes: slower, but next to no memory there",
+    )
     kl_weight: float = Field(1.0, ge=0, description="KL to the dense parent")
     kl_top_k: int | None = Field(None, ge=1, description="of its distribution only the likeliest tokens; default all")
     block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
@@ -221,6 +228,11 @@ class Optimise(Section):
                 f"{self.tokens_per_step}; raise tokens or lower one of the three"
             )
         return self
+
+    @property
+    def holds_parent(self) -> bool:
+        """Whether training holds a frozen parent beside the model."""
+        return self.kl_weight + self.block_weight > 0 and self.parent != SHARED
 
     @property
     def tokens_per_step(self) -> int:

@@ -25,7 +25,6 @@ from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
 from moyu_train.training.finetune import Windows, sparsity_on, training_windows
 from moyu_train.training.lora import adapt
-from moyu_train.training.memory import needs_parent
 from moyu_train.training.rule import calibrate_rule
 from moyu_train.training.trainer import SparsityTrainer
 
@@ -68,7 +67,8 @@ class Stepper:
             self.trainer = SparsityTrainer(
                 model=adapt(model, settings.lora) if whole and settings.lora else model,
                 sparsity=sparsity,
-                parent=run.to_train() if whole and needs_parent(recipe) else None,
+                parent=run.to_train() if whole and settings.holds_parent else None,
+                parent_offload=settings.parent_offload,
                 kl_weight=settings.kl_weight if whole else 0.0,
                 lm_weight=settings.lm_weight if whole else 1.0,
                 kl_top_k=settings.kl_top_k if whole else None,

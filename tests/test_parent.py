@@ -16,6 +16,7 @@ from moyu_train.pipeline import Run, run_stage
 from moyu_train.recipe import Recipe
 from moyu_train.training.finetune import training_windows
 from moyu_train.training.stages import read, sparsifier_of
+from moyu_train.training.trainer import SparsityTrainer
 
 
 def settings_in(folder: Path, parent: str) -> dict:
@@ -150,3 +151,40 @@ def test_embeddings_train_only_where_asked(tmp_path: Path, embeddings: bool) -> 
     before, after = run.dense().state_dict(), load_dense(run.stage_folder("finetune") / "model").state_dict()
     kept = {name for name, weight in before.items() if torch.equal(weight, after[name])}
     assert kept == (set() if embeddings else {"model.embed_tokens.weight", "lm_head.weight"})
+
+
+@pytest.mark.parametrize("changes", [{}, {"block_weight": 0.5}])
+def test_an_offloaded_parent_says_the_same(tmp_path: Path, changes: dict) -> None:
+    logs = []
+    for offload in (False, True):
+        folder = tmp_path / str(offload)
+        settings = settings_in(folder, "")
+        settings["finetune"] |= {"learning_rate": 1e-3, "parent_offload": offload, **changes}
+        run = Run(Recipe.model_validate(settings))
+        run_stage(run, "calibrate")
+        run_stage(run, "finetune")
+        logs.append((run.stage_folder("finetune") / "metrics.jsonl").read_text())
+    assert logs[0] == logs[1]
+    assert '"kl"' in logs[0]
+
+
+def test_nothing_of_an_offloaded_parent_stays_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    train = SparsityTrainer.train
+    monkeypatch.setattr(SparsityTrainer, "train", lambda self, **k: (seen.append(self.parent), train(self, **k))[1])
+    settings = settings_in(tmp_path, "")
+    settings["finetune"]["parent_offload"] = True
+    run = Run(Recipe.model_validate(settings))
+    run_stage(run, "calibrate")
+    run_stage(run, "finetune")
+    assert all(weight.is_meta for weight in seen[0].parameters())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"kl_weight": 0.0, "lm_weight": 1.0}, {"parent": "shared", "lora": {"rank": 2, "alpha": 4}}]
+)
+def test_no_parent_to_offload_is_refused(tmp_path: Path, changes: dict) -> None:
+    settings = settings_in(tmp_path, "")
+    settings["finetune"] |= {"parent_offload": True, **changes}
+    with pytest.raises(ValidationError, match="the CPU's memory, and there is none with parent"):
+        Recipe.model_validate(settings)

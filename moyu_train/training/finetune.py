@@ -35,7 +35,7 @@ from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge, quantise
-from moyu_train.training.memory import launcher_of_this, measure_sizes, needs_parent, training_memory
+from moyu_train.training.memory import launcher_of_this, measure_sizes, training_memory
 from moyu_train.training.shared_parent import SharedParent
 from moyu_train.training.stages import read, sparsifier_of, write
 from moyu_train.training.trainer import SparsityTrainer, last_complete_checkpoint
@@ -135,6 +135,7 @@ def train(
         train_dataset=Windows(windows, run.train.packed_labels(settings.window, run.recipe.seed)[: len(windows)]),
         sparsity=sparsity,
         parent=parent,
+        parent_offload=settings.parent_offload,
         kl_weight=settings.kl_weight if sparsity else 0.0,
         lm_weight=settings.lm_weight if sparsity else 1.0,
         kl_top_k=settings.kl_top_k,
@@ -248,7 +249,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     with the routers of heads, where `heads.train` puts these on too.
     """
     recipe, settings = run.recipe, run.recipe.finetune
-    check_memory_of(run, parent=needs_parent(recipe))
+    check_memory_of(run, parent=settings.holds_parent)
     model = run.to_train()
     thresholds, predictors = read(run.before("finetune"))
     targets = run.figures("calibrate")["densities"]

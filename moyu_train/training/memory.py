@@ -16,8 +16,7 @@ from accelerate import PartialState
 
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.structure import freeze_embeddings, sizes
-from moyu_train.recipe import SHARED, Recipe
-from moyu_train.settings import Optimise
+from moyu_train.settings import SHARED, Optimise
 from moyu_train.training.launch import asked_engine
 from moyu_train.training.lora import BLOCK, adapt
 from moyu_train.training.losses import ROWS
@@ -186,8 +185,8 @@ def training_memory(
 ) -> dict[str, float]:
     """Bytes per device by what they are for, and their `peak`.
 
-    parent: parameters of the frozen parent of the KL, whole on every device: no engine shares it out; 0 without one;
-    checkpointing: default as the recipe has it.
+    parent: parameters of the frozen parent of the KL, whole on every device: no engine shares it out, but where it is
+    offloaded only its largest part; 0 without one; checkpointing: default as the recipe has it.
 
     The peak is the sum. In one process without accumulation, gradients come as activations and logits go: there it has
     the larger of the two. With checkpointing a layer is computed again when the logits are gone: the larger again.
@@ -198,7 +197,8 @@ def training_memory(
     else:
         settings = settings.model_copy(update={"activation_checkpointing": checkpointing})
     parts = model_bytes(found, launcher, n, settings)
-    parts["parent"] = parent * (HALF if half else FULL)
+    held = max(found.root, found.layer) if settings.parent_offload and parent else parent
+    parts["parent"] = held * (HALF if half else FULL)
     parts["activations"], again = activation_bytes(found, tokens, half, checkpointing)
     shared = settings.parent == SHARED and settings.kl_weight > 0
     parts["logits"] = logit_bytes(found, tokens, half, parent > 0 or shared)
@@ -215,9 +215,3 @@ def launcher_of_this() -> tuple[str, int]:
         settings = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text(encoding="utf-8"))
         return f"zero{settings['zero_optimization']['stage']}", n
     return "fsdp2" if engine == "FSDP" else "ddp" if n > 1 else "single", n
-
-
-def needs_parent(recipe: Recipe) -> bool:
-    """Whether fine-tuning holds a frozen parent beside the model."""
-    settings = recipe.finetune
-    return settings.kl_weight + settings.block_weight > 0 and settings.parent != SHARED

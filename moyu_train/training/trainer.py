@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
@@ -53,6 +54,7 @@ class SparsityTrainer(Trainer):
         sparsity: the mask's owner, or None for a dense run (the dense control).
         parent: the dense model, only read, or what the student is without its deltas and masks; None where kl_weight
             and block_weight are 0.
+        parent_offload: keep the parent's weights in the CPU's memory, and move each module's when it computes.
         kl_top_k: of the parent's distribution only so many tokens (losses.kl_target); None: all.
         block_weight: of the FFN blocks' relative output error (training/anchor.py).
         inputs: a further control, of the inputs of other linear layers.
@@ -71,6 +73,7 @@ class SparsityTrainer(Trainer):
         kl_top_k: int | None = None,
         block_weight: float = 0.0,
         inputs: SparsityControl | None = None,
+        parent_offload: bool = False,
         coefficient: Callable[[float], float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,7 +91,11 @@ class SparsityTrainer(Trainer):
             )
         if isinstance(parent, nn.Module):
             dtype = torch.bfloat16 if self.args.bf16 else None  # computes as the student does, and holds no more
-            parent = parent.eval().requires_grad_(False).to(self.args.device, dtype)
+            parent = parent.eval().requires_grad_(False).to(dtype)
+            if parent_offload:
+                parent = cpu_offload(parent, self.args.device, offload_buffers=True)
+            else:
+                parent = parent.to(self.args.device)
         self.parent = parent
         self.anchor = BlockAnchor(self.model, parent) if block_weight and isinstance(parent, nn.Module) else None
         self._parts: dict[str, float] = {}

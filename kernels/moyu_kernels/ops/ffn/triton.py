@@ -91,7 +91,8 @@ def plan(
         score = tuple(None if part is None else _words(part) for part in score)
     packed = (target.backend if isinstance(gate_up_kernel, triton.JITFunction) else "any") if words else "no"
     ahead = 2 ** (3 - (n - 1) // 2)  # loads of a predictor's row at once: as many as registers are left for
-    ahead = ahead if target.backend == "cuda" else max(ahead // 2, 1)
+    if target.backend == "hip" or planes == 8:
+        ahead = max(ahead // 2, 1)
     constants = {"PACKED": packed, "AHEAD": ahead, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps}
     constants |= lists.constants | {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
     launches.append(
