@@ -143,6 +143,11 @@ class Inputs(Method):
     name: str = Field("threshold", description="of the sparsifier: threshold or topk; its options stand beside it")
     modules: str = Field(r"self_attn\.[qkvo]_proj", description="regular expression, found anywhere in the path")
     sparsity: float = Field(gt=0, lt=1, description="share of the inputs that are off")
+    centre: Literal["zero", "median"] = Field(
+        "zero",
+        description="what an input that is off is taken for, and its strength is measured from; median: of each input "
+        "over the calibration text",
+    )
 
     @field_validator("modules")
     @classmethod

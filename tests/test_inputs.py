@@ -8,16 +8,18 @@ import pytest
 import torch
 from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import set_mode
+from moyu_kernels.rules import Rule
 from tiny import save_tiny, tiny_model, tiny_settings
 
 from moyu_train.checkpoints.export import read_inputs
+from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import find_inputs
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
 from moyu_train.pipeline import Run, run_stage
 from moyu_train.recipe import Recipe
-from moyu_train.training.inputs import input_rules
+from moyu_train.training.inputs import channel_medians, input_rules
 
 ATTENTION = {"llama": r"self_attn\.[qkvo]_proj", "gpt2": r"attn\.c_(attn|proj)", "opt": "self_attn"}
 
@@ -61,6 +63,7 @@ def test_patterns_that_match_nothing_or_an_ffn_are_refused(tmp_path: Path) -> No
     [
         {"sparsity": 0.4},  # WINA
         {"sparsity": 0.4, "statistic": "magnitude"},  # TEAL
+        {"sparsity": 0.4, "centre": "median"},  # SCAP, with a centre for each input
         {"sparsity": 0.4, "name": "topk", "statistic": "magnitude", "modules": r"[qk]_proj"},  # Q-Sparse
     ],
 )
@@ -84,8 +87,13 @@ def test_inputs_are_sparse_from_calibration_to_the_checkpoint(tmp_path: Path, in
         model(input_ids=ids)
     dense = seen[1][0]  # masks are off again
     assert (dense != 0).all()
-    strength = dense.abs() * (weight.norm(dim=0) if inputs.get("statistic") != "magnitude" else 1.0)
+    strength = rules[path].distance(dense).abs() * (
+        weight.norm(dim=0) if inputs.get("statistic") != "magnitude" else 1.0
+    )
     keep = rules[path].mask(dense)
+    if inputs.get("centre") == "median":
+        assert rules[path].centre.abs().min() > 0
+        assert (x == rules[path].centre).float().mean().item() == pytest.approx(0.4, abs=0.1)
     kept, dropped = strength.where(keep, torch.inf).amin(-1), strength.where(~keep, 0.0).amax(-1)
     assert (kept >= dropped * (1 - 1e-5)).all()
 
@@ -113,8 +121,9 @@ def test_inputs_are_sparse_from_calibration_to_the_checkpoint(tmp_path: Path, in
         torch.testing.assert_close(loaded(input_ids=ids).logits, stock, rtol=1e-4, atol=1e-4)
 
 
-def test_a_delta_keeps_the_thresholds_of_inputs(tmp_path: Path) -> None:
-    settings = settings_in(tmp_path, {"sparsity": 0.4})
+@pytest.mark.parametrize("centre", ["zero", "median"])
+def test_a_delta_keeps_the_rules_of_inputs(tmp_path: Path, centre: str) -> None:
+    settings = settings_in(tmp_path, {"sparsity": 0.4, "centre": centre})
     settings["finetune"] |= {"lora": {"rank": 2, "alpha": 4}}
     run = Run(Recipe.model_validate(settings))
     run_stage(run, "calibrate")
@@ -128,6 +137,8 @@ def test_a_delta_keeps_the_thresholds_of_inputs(tmp_path: Path) -> None:
     )
     for path, rule in trained.items():
         torch.testing.assert_close(rebuilt[path].threshold, rule.threshold, rtol=0, atol=0)
+        torch.testing.assert_close(rebuilt[path].centre, rule.centre, rtol=0, atol=0)
+        assert (rule.centre is None) == (centre == "zero")
     assert any(not torch.equal(before[path].threshold, rule.threshold) for path, rule in trained.items())
     other = Run(
         Recipe.model_validate(settings | {"delta": delta, "inputs": {"sparsity": 0.5}, "run": str(tmp_path / "b")})
@@ -167,3 +178,33 @@ def test_training_resumes_with_the_thresholds_of_inputs(tmp_path: Path) -> None:
     one, two = (input_rules(r, "finetune") for r in (whole, broken))
     for path, rule in one.items():
         torch.testing.assert_close(two[path].threshold, rule.threshold)
+
+
+def test_medians_are_those_of_the_text() -> None:
+    model, ids = tiny_model(), torch.arange(40) % 100
+    layers = find_inputs(model, "o_proj")
+    seen: list[torch.Tensor] = []
+    model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    found = channel_medians(model, layers, Documents([ids]))
+    torch.testing.assert_close(found[1], seen[0].median(0).values)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_centred_layer(backend: str, bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 40, bias=bias, dtype=dtype).requires_grad_(False)
+    centre, threshold = torch.randn(24), torch.full((24,), 0.8)
+    x = torch.randn(11, 24).to(dtype)
+    rule = Rule(threshold, centre=centre)
+    expected = linear(torch.where(rule.mask(x), x, centre.to(dtype)))
+    dense = linear(x)
+    layer = SparseLinear(linear, threshold, backend=backend, centre=centre)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(layer(x), expected, **close)  # a prompt
+    torch.testing.assert_close(layer(x[:2]), expected[:2], **close)  # a step
+    assert layer.counts.tolist() == [13, rule.mask(x).sum() + rule.mask(x[:2]).sum()]
+    torch.testing.assert_close(layer.set_mode("dense")(x[:2]), dense[:2], **close)
+    with pytest.raises(ValueError, match=r"centre is torch.float32 \[23\], the layer needs torch.float32 \[24\]"):
+        SparseLinear(linear, threshold, centre=centre[:23])

@@ -22,6 +22,8 @@ class SparseLinear(SparseModule):
         threshold: fp32 `[D]`.
         mode: "dense" keeps all inputs, "rule" and "predicted" are the same here.
         backend: "cpu", "triton" or "reference".
+        centre: fp32 `[D]`: inputs with `abs(x - centre) >= threshold` are read, and the others stand at their centre,
+            whose products are part of the bias.
 
     The threshold keeps its dtype under `.to(dtype)`. `counts` int64 `[2]` sums up tokens and inputs kept over all
     calls.
@@ -30,21 +32,44 @@ class SparseLinear(SparseModule):
     """
 
     threshold: Tensor
+    centre: Tensor | None
+    offset: Tensor | None  # fp32 `[F]`, the bias and the centre's products
 
-    def __init__(self, original: nn.Linear, threshold: Tensor, mode: str = "rule", backend: str = "cpu") -> None:
+    def __init__(
+        self,
+        original: nn.Linear,
+        threshold: Tensor,
+        mode: str = "rule",
+        backend: str = "cpu",
+        centre: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = original.in_features, original.out_features
-        if threshold.shape != (self.in_features,) or threshold.dtype != torch.float32:
-            raise ValueError(
-                f"threshold is {threshold.dtype} {list(threshold.shape)}, the layer needs torch.float32 "
-                f"[{self.in_features}]; pass the tensor that was exported for this layer"
-            )
+        for name, tensor in (("threshold", threshold), ("centre", centre)):
+            if tensor is not None and (tensor.shape != (self.in_features,) or tensor.dtype != torch.float32):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {list(tensor.shape)}, the layer needs torch.float32 "
+                    f"[{self.in_features}]; pass the tensor that was exported for this layer"
+                )
         original.weight.data = original.weight.data.t().contiguous().t()
         self.weight, self.bias = original.weight, original.bias
         device = self.weight.device
         self.register_buffer("threshold", threshold.to(device), persistent=False)
+        self.register_buffer("centre", None if centre is None else centre.to(device), persistent=False)
+        self.register_buffer("offset", None if centre is None else self._products(centre.to(device)), persistent=False)
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         self.set_mode(mode, backend)
+
+    @torch.no_grad()
+    def _products(self, centre: Tensor) -> Tensor:
+        found = self.weight.float() @ centre.to(self.weight.dtype).float()
+        return found if self.bias is None else found + self.bias.float()
+
+    @property
+    def constant_bytes(self) -> int:
+        """Bytes that a step reads of what stands for the rule."""
+        tensors = (self.threshold, self.centre, self.offset)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
         check_mode(mode)
@@ -64,13 +89,16 @@ class SparseLinear(SparseModule):
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns `[..., F]` of its dtype."""
         rows = x.numel() // self.in_features
+        bias: Tensor | None = self.bias
+        if self.centre is not None and self.offset is not None:
+            x, bias = x - self.centre.to(x.dtype), self.offset.to(x.dtype)
         threshold = torch.zeros_like(self.threshold) if self.mode == "dense" else self.threshold
         self.counts[0] += rows
         if rows > MAX_ROWS:
             kept = (x.abs() >= threshold) & (x != 0)
             self.counts[1] += kept.sum()
-            return functional.linear(torch.where(kept, x, 0.0), self.weight, self.bias)
-        y, counts = self._run(x.reshape(rows, self.in_features), self.weight.t(), self.bias, threshold)
+            return functional.linear(torch.where(kept, x, 0.0), self.weight, bias)
+        y, counts = self._run(x.reshape(rows, self.in_features), self.weight.t(), bias, threshold)
         self.counts[1] += counts.sum()
         return y.view(*x.shape[:-1], self.out_features)
 

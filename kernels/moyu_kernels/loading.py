@@ -188,6 +188,8 @@ def _install_inputs(
     simulated: dict[str, int] = {}
     for index, path in enumerate(inputs["paths"]):
         rule = Rule(tensor_of(folder, state, f"inputs.{index}.threshold"), **inputs["formula"])
+        if inputs.get("centred"):
+            rule.centre = tensor_of(folder, state, f"inputs.{index}.centre")
         parent, _, name = path.rpartition(".")
         try:
             owner, layer = model.get_submodule(parent), model.get_submodule(path)
@@ -198,7 +200,7 @@ def _install_inputs(
             simulated[reason] = simulated.get(reason, 0) + 1
             simulate(owner, {"act": "", "up": "", "down": name}, "linear", rule, masked=True)
         else:
-            setattr(owner, name, SparseLinear(cast(nn.Linear, layer), rule.threshold, mode, chosen))
+            setattr(owner, name, SparseLinear(cast(nn.Linear, layer), rule.threshold, mode, chosen, rule.centre))
     for reason, count in simulated.items():
         logger.warning(
             "moyu: the inputs of %d linear layers are simulated: masked, nothing is skipped, since %s", count, reason

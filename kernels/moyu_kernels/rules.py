@@ -39,6 +39,8 @@ class Rule:
         share: of neurons kept, for the rules that count them.
         prompt: number of tokens that a mask is taken from.
         blend: 0 computes the stock gate and up, 1 the rule's, between them a mixture (for training only).
+        centre: fp32 `[F]`, for inputs of linear layers: "threshold" and "topk" look at `a - centre` in a's place, and
+            what is off is centre and not 0, as in SCAP (arXiv 2412.07174), which has one centre for all inputs.
     """
 
     threshold: Tensor
@@ -48,6 +50,7 @@ class Rule:
     share: float = 1.0
     prompt: int = 0
     blend: float = 1.0
+    centre: Tensor | None = None
 
     def __post_init__(self) -> None:
         for value, known in ((self.gate, GATES), (self.up, UPS), (self.keep, KEEPS)):
@@ -130,8 +133,16 @@ class Rule:
             return self._prompt_mask(a, state or PromptState(self.prompt))
         threshold = (self.threshold if expert is None else self.threshold[expert]).to(a.device)
         if self.keep == "threshold":
-            return a.abs() >= threshold
-        return self._largest(a.detach().abs() / threshold)
+            return self.distance(a).abs() >= threshold
+        return self._largest(self.distance(a).detach().abs() / threshold)
+
+    def distance(self, a: Tensor) -> Tensor:
+        """From the centre, signed, of a's shape and dtype."""
+        return a if self.centre is None else a - self.centre.to(a)
+
+    def fill(self, a: Tensor) -> Tensor | float:
+        """What stands for the values of `a` that are off."""
+        return 0.0 if self.centre is None else self.centre.to(a)
 
     def _largest(self, statistic: Tensor) -> Tensor:
         least = statistic.topk(self.count(statistic.shape[-1]), dim=-1).values[..., -1:]
@@ -201,4 +212,4 @@ def simulate(
     if masked and layout == "experts":
         ExpertsSeam(block, lambda a, expert: torch.where(rule.mask(a, expert), a, 0.0))
     elif masked:
-        Seam(block, names["down"], lambda a: torch.where(rule.mask(a, state=state), a, 0.0))
+        Seam(block, names["down"], lambda a: torch.where(rule.mask(a, state=state), a, rule.fill(a)))

@@ -59,7 +59,11 @@ def export(
     tensors = thresholds_to_tensors([rule.threshold for rule in rules]) | (
         predictors_to_tensors(predictors) if predictors else {}
     )
-    tensors |= {f"inputs.{i}.threshold": rule.threshold for i, rule in enumerate((inputs or {}).values())}
+    centred = bool(inputs) and all(rule.centre is not None for rule in (inputs or {}).values())
+    for i, rule in enumerate((inputs or {}).values()):
+        tensors[f"inputs.{i}.threshold"] = rule.threshold
+        if rule.centre is not None:
+            tensors[f"inputs.{i}.centre"] = rule.centre
     if heads:
         check_heads(model, heads.routers, heads.output, inputs or {})
         tensors |= routers_to_tensors(heads.routers.values())
@@ -92,7 +96,7 @@ def export(
             "architectures": stock,
             "blocks": [block.describe() for block in blocks],
             "weights": weights,
-            "inputs": {"formula": inputs[paths[0]].describe(), "paths": paths} if inputs else None,
+            "inputs": {"formula": inputs[paths[0]].describe(), "centred": centred, "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, **(recorded or {})} if predictors else None,
             "heads": of_heads,
         }
@@ -168,7 +172,10 @@ def read_inputs(folder: Path) -> dict[str, Rule]:
     with reading(folder):
         inputs = config["moyu"].get("inputs") or {"paths": []}
         paths = enumerate(inputs["paths"])
-        return {path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"]) for i, path in paths}
+        return {
+            path: Rule(tensors[f"inputs.{i}.threshold"], **inputs["formula"], centre=tensors.get(f"inputs.{i}.centre"))
+            for i, path in paths
+        }
 
 
 def read_heads(folder: Path) -> HeadRouters | None:

@@ -56,7 +56,7 @@ def inputs_skipped(model: Any, itemsize: int) -> float:
     for layer in model.modules():
         if isinstance(layer, SparseLinear):
             tokens, kept = layer.counts.tolist()
-            skipped += layer.in_features * layer.out_features * itemsize - stored_size([layer.threshold])
+            skipped += layer.in_features * layer.out_features * itemsize - layer.constant_bytes
             skipped -= line_bytes(layer.out_features * itemsize) * kept / tokens
     return skipped
 

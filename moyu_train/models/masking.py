@@ -96,7 +96,8 @@ class Masking:
                     f"a mask from the prompt needs sequences, and {self._blocks[layer].path} sees the tokens of all "
                     f"sequences in one row ({list(a.shape)}); use another sparsifier"
                 )
-            return masked(a, keep(layer, a, None), self._straight_through)
+            fill = self._rules[layer].fill(a) if self._rules else 0.0
+            return masked(a, keep(layer, a, None), self._straight_through, fill)
 
         return mask
 
@@ -125,8 +126,8 @@ class InputMasks:
 
     def __init__(self, model: torch.nn.Module, rules: dict[str, Rule]) -> None:
         self.kept = self.seen = 0
-        self._masking = Masking([linear_block(model, path) for path in rules], self._keep)
         self._rules = list(rules.values())
+        self._masking = Masking([linear_block(model, path) for path in rules], self._keep, rules=self._rules)
 
     def _keep(self, layer: int, x: Tensor, expert: int | None) -> Tensor:
         keep = self._rules[layer].mask(x)
@@ -145,7 +146,8 @@ class InputMasks:
         self._masking.remove()
 
 
-def masked(a: Tensor, keep: Tensor | None, straight_through: bool = False) -> Tensor:
+def masked(a: Tensor, keep: Tensor | None, straight_through: bool = False, fill: Tensor | float = 0.0) -> Tensor:
+    """`a` where it is kept, else `fill`."""
     if keep is None:
         return a
-    return a - torch.where(keep, 0.0, a).detach() if straight_through else torch.where(keep, a, 0.0)
+    return a - torch.where(keep, 0.0, a - fill).detach() if straight_through else torch.where(keep, a, fill)

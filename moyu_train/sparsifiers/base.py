@@ -1,5 +1,6 @@
 """What every sparsifier has: rules for the blocks, how they are found on text, and how training moves them."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -75,6 +76,16 @@ class Sparsifier:
     def thresholds(self, thresholds: list[Tensor]) -> None:
         for rule, threshold in zip(self.rules, thresholds, strict=True):
             rule.threshold = threshold
+
+    @property
+    def centres(self) -> list[Tensor | None]:
+        """Of the rules, each fp32 `[F]` or None."""
+        return [rule.centre for rule in self.rules]
+
+    @centres.setter
+    def centres(self, centres: Sequence[Tensor | None]) -> None:
+        for rule, centre in zip(self.rules, centres, strict=True):
+            rule.centre = centre
 
     def control(self, layer: int, density: float, target: float) -> None:
         """Closed loop, once per optimizer step: what a layer kept in it, and what it should keep."""

@@ -39,8 +39,9 @@ def save_delta(
 ) -> None:
     """Write a delta.
 
-    Args: adapted: after `round_delta`; inputs: thresholds of other layers' inputs, by path; ffn: SHA-256 of the FFN
-        weights that it belongs to; trained: the rule that it was trained under, as data; tokens: of its training.
+    Args: adapted: after `round_delta`; inputs: of other layers' inputs, as `input_tensors` names them; ffn: SHA-256 of
+        the FFN weights that it belongs to; trained: the rule that it was trained under, as data; tokens: of its
+        training.
     """
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card

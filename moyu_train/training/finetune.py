@@ -32,7 +32,7 @@ from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.head_control import HeadControl
 from moyu_train.training.heads import head_routers
-from moyu_train.training.inputs import InputControl, inputs_on, thresholds_of, write_inputs
+from moyu_train.training.inputs import InputControl, input_tensors, inputs_on, put_back, rules_of, write_inputs
 from moyu_train.training.launch import asked_engine, check_engine, leave_engine, whole_parameters
 from moyu_train.training.lora import adapt, merge, quantise
 from moyu_train.training.memory import launcher_of_this, measure_sizes, training_memory
@@ -165,7 +165,7 @@ def train(
     if thresholds and PartialState().is_main_process:
         tokens = steps * settings.tokens_per_step * processes
         under = _trained_under(run.recipe)
-        save_delta(adapted, thresholds, thresholds_of(inputs), ffn, under, tokens, folder / "delta")
+        save_delta(adapted, thresholds, input_tensors(rules_of(inputs)), ffn, under, tokens, folder / "delta")
     merged, moved = merge(adapted, sparsity, windows[0])
     return merged, log, figures | moved
 
@@ -266,7 +266,7 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     for control in (inputs, heads):
         if control:
             control.remove()
-    write_inputs(folder, thresholds_of(inputs))
+    write_inputs(folder, rules_of(inputs))
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         write(folder, sparsity.sparsifier.thresholds, predictors)
@@ -294,7 +294,7 @@ def _rebuild(
     adapted, state, tokens = load_delta(model, ffn_sha256(model), _trained_under(run.recipe), folder)
     sparsity.sparsifier.thresholds = thresholds_from_tensors(state)
     if inputs:
-        inputs.sparsifier.thresholds = [state[block.path] for block in inputs.blocks]
+        put_back(inputs, state)
     sparsity.sparsifier.advance(1.0)
     if run.recipe.finetune.lora and run.recipe.finetune.lora.quantise:
         quantise(adapted)

@@ -1,8 +1,10 @@
 """Sparse inputs of linear layers (the recipe's `inputs`): their rules beside those of the FFN blocks, by layer path."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 from moyu_kernels.rules import Rule
 from safetensors.torch import save_file
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from moyu_train.data import Documents
 from moyu_train.files import read_tensors
-from moyu_train.models.blocks import find_blocks, find_inputs
+from moyu_train.models.blocks import FFNBlock, device_of, find_blocks, find_inputs
 from moyu_train.models.masking import Masking
+from moyu_train.progress import track
 from moyu_train.recipe import Recipe
 from moyu_train.registry import resolve
 from moyu_train.sparsifiers import SPARSIFIERS
@@ -21,7 +24,9 @@ from moyu_train.training.rule import calibrate_rule
 if TYPE_CHECKING:
     from moyu_train.pipeline import Run
 
-FILE = "inputs.safetensors"  # thresholds by path, in the folders of calibrate and finetune
+FILE = "inputs.safetensors"  # thresholds and centres by path, in the folders of calibrate and finetune
+CENTRE = ".centre"
+SAMPLES = 512  # tokens that a median is taken of
 
 
 class InputControl(SparsityControl):
@@ -30,26 +35,52 @@ class InputControl(SparsityControl):
     prefix = "inputs_"
 
 
-def calibrate_inputs(model: Any, recipe: Recipe, documents: Documents, rules: list[Rule]) -> dict[str, Tensor]:
-    """Thresholds by path, with the FFN blocks already under their rules; none without `inputs` in the recipe."""
+def calibrate_inputs(model: Any, recipe: Recipe, documents: Documents, rules: list[Rule]) -> dict[str, Rule]:
+    """Rules by path, with the FFN blocks already under theirs; none without `inputs` in the recipe."""
     if not recipe.inputs:
         return {}
     cls, options = resolve("inputs", recipe.inputs, SPARSIFIERS)
     layers, density = find_inputs(model, recipe.inputs.modules), 1 - recipe.inputs.sparsity
+    tokens, centres = recipe.calibrate.tokens, list[Tensor]()
     with Masking(find_blocks(model), lambda layer, a, expert: rules[layer].mask(a, expert), rules=rules):
-        found = calibrate_rule(model, cls, options, density, documents, recipe.calibrate.tokens, 2, layers)
-    return dict(zip((layer.path for layer in layers), found.thresholds, strict=True))
+        if recipe.inputs.centre == "median":
+            centres = channel_medians(model, layers, documents.first(tokens))
+        found = calibrate_rule(model, cls, options, density, documents, tokens, 2, layers, centres)
+    return dict(zip((layer.path for layer in layers), found.rules, strict=True))
 
 
-def write_inputs(folder: Path, thresholds: dict[str, Tensor]) -> None:
-    if thresholds and PartialState().is_main_process:
-        save_file(thresholds, folder / FILE)
+@torch.no_grad()
+def channel_medians(model: Any, layers: list[FFNBlock], documents: Documents) -> list[Tensor]:
+    """Median of each input of linear layers over about `SAMPLES` tokens, evenly spread, fp32 `[D]` a layer."""
+    stride = max(documents.total // SAMPLES, 1)
+    seen: list[list[Tensor]] = [[] for _ in layers]
+
+    def look(layer: int, x: Tensor, expert: int | None) -> None:
+        seen[layer].append(x.reshape(-1, x.shape[-1])[::stride].float().cpu())
+
+    with Masking(layers, look):
+        for _, ids in track(documents.windows(1024), "calibrate inputs: medians"):
+            model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
+    return [torch.cat(rows).median(0).values for rows in seen]
 
 
-def _sparsifier(recipe: Recipe, thresholds: list[Tensor]) -> Any:
+def input_tensors(rules: dict[str, Rule]) -> dict[str, Tensor]:
+    """Thresholds by path and, under the path and `CENTRE`, centres where there are some."""
+    found = {path: rule.threshold for path, rule in rules.items()}
+    return found | {f"{path}{CENTRE}": rule.centre for path, rule in rules.items() if rule.centre is not None}
+
+
+def write_inputs(folder: Path, rules: dict[str, Rule]) -> None:
+    if rules and PartialState().is_main_process:
+        save_file(input_tensors(rules), folder / FILE)
+
+
+def _sparsifier(recipe: Recipe, tensors: dict[str, Tensor], paths: list[str]) -> Any:
     assert recipe.inputs
     cls, options = resolve("inputs", recipe.inputs, SPARSIFIERS)
-    return cls(options, thresholds, 1 - recipe.inputs.sparsity)
+    sparsifier = cls(options, [tensors[path] for path in paths], 1 - recipe.inputs.sparsity)
+    sparsifier.centres = [tensors.get(f"{path}{CENTRE}") for path in paths]
+    return sparsifier
 
 
 def input_rules(run: "Run", stage: str) -> dict[str, Rule]:
@@ -57,19 +88,28 @@ def input_rules(run: "Run", stage: str) -> dict[str, Rule]:
     if not run.recipe.inputs:
         return {}
     tensors = read_tensors(run.stage_folder(stage) / FILE)
-    return dict(zip(tensors, _sparsifier(run.recipe, list(tensors.values())).rules, strict=True))
+    paths = [name for name in tensors if not name.endswith(CENTRE)]
+    return dict(zip(paths, _sparsifier(run.recipe, tensors, paths).rules, strict=True))
 
 
 def inputs_on(run: "Run", model: Any) -> InputControl | None:
     """The rules that calibrate found, on a model in training."""
     if not run.recipe.inputs:
         return None
-    layers, rules = find_inputs(model, run.recipe.inputs.modules), input_rules(run, "calibrate")
-    sparsifier = _sparsifier(run.recipe, [rules[layer.path].threshold for layer in layers])
+    layers, tensors = find_inputs(model, run.recipe.inputs.modules), input_tensors(input_rules(run, "calibrate"))
+    sparsifier = _sparsifier(run.recipe, tensors, [layer.path for layer in layers])
     return InputControl(model, sparsifier, 1 - run.recipe.inputs.sparsity, blocks=layers)
 
 
-def thresholds_of(control: InputControl | None) -> dict[str, Tensor]:
+def put_back(control: InputControl, tensors: dict[str, Tensor]) -> None:
+    """Give a control the rules that `input_tensors` were taken of."""
+    control.sparsifier.thresholds = [tensors[block.path] for block in control.blocks]
+    control.sparsifier.centres = [tensors.get(f"{block.path}{CENTRE}") for block in control.blocks]
+
+
+def rules_of(control: InputControl | None) -> dict[str, Rule]:
+    """By path, on the CPU."""
     if control is None:
         return {}
-    return {b.path: t.cpu() for b, t in zip(control.blocks, control.sparsifier.thresholds, strict=True)}
+    named = zip(control.blocks, control.sparsifier.rules, strict=True)
+    return {block.path: replace(rule, threshold=rule.threshold.cpu()) for block, rule in named}

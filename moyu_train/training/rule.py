@@ -45,7 +45,7 @@ def watch(
         if cls.calibrates == "prompt":
             return see(layer, prompt_statistic(a[:, : options.prompt]), a, expert)
         scale = scales[layer] if expert is None else scales[layer][expert]
-        value = masking.gate(layer) if at_gate else a
+        value = masking.gate(layer) if at_gate else rules[layer].distance(a)
         return see(layer, value.abs().float() * scale, a, expert)
 
     masking = Masking(blocks, keep, rules=rules, gates=at_gate)
@@ -63,17 +63,19 @@ def calibrate_rule(
     tokens: int,
     passes: int,
     blocks: list[FFNBlock] | None = None,
+    centres: Sequence[Tensor | None] = (),
 ) -> Any:
     """A sparsifier whose rule keeps `density` of the neurons of every layer on this text, where the method calibrates.
 
     The first pass sees dense activations; each later one sees what the layers before it produce under the mask of the
     pass before, which is what the rule will meet. density: one for all layers, or one a layer; blocks: default the FFN
-    blocks.
+    blocks; centres: of their rules.
     """
     blocks = blocks or find_blocks(model)
     cls.check(blocks)
     mean = density if isinstance(density, float) else sum(density) / len(density)
     sparsifier: Any = cls.start(options, blocks, mean)
+    sparsifier.centres = centres = centres or [None] * len(blocks)
     if not cls.calibrates:
         return sparsifier
     for number in range(passes):
@@ -95,4 +97,5 @@ def calibrate_rule(
             )
         levels = [2.0**level for level in histogram.levels(density)]
         sparsifier = cls.calibrated(options, blocks, levels, mean)
+        sparsifier.centres = centres
     return sparsifier

@@ -24,6 +24,7 @@ MAX_ROWS = 8
 RULES = ("threshold", "topk")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROW_BYTES = 512  # of a gate or up row per step: 32 threads with a 16-byte load each; 16 threads for int8
+CODES = 512  # of a predictor in a load of all threads
 RANKED = 16384  # keys that a program of `least_kernel` counts at once
 RANKING = 512  # its threads
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
@@ -90,10 +91,14 @@ def plan(
         r //= 4
         score = tuple(None if part is None else _words(part) for part in score)
     packed = (target.backend if isinstance(gate_up_kernel, triton.JITFunction) else "any") if words else "no"
-    ahead = 2 ** (3 - (n - 1) // 2)  # loads of a predictor's row at once: as many as registers are left for
+    # Rows of x that a predictor's row is read for at once, and loads of it ahead: as many as registers are left for.
+    group = min(n, 16 // planes) if lowbit else n
+    ahead = 2 ** (3 - (group - 1) // 2)
     if target.backend == "hip" or planes == 8:
         ahead = max(ahead // 2, 1)
-    constants = {"PACKED": packed, "AHEAD": ahead, "SLOTS": slots, "COLUMNS": columns, "STEPS": steps}
+    even_codes = f % lists.block == 0 and r % (CODES // lists.block * ahead) == 0
+    constants = {"PACKED": packed, "GROUP": group, "AHEAD": ahead, "CODES": CODES, "EVEN_CODES": even_codes}
+    constants |= {"SLOTS": slots, "COLUMNS": columns, "STEPS": steps}
     constants |= lists.constants | {"EVEN": d % (columns * steps) == 0, "PARTS": 8 if down.dtype == torch.int8 else 4}
     launches.append(
         Launch(

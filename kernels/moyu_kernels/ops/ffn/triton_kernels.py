@@ -23,8 +23,9 @@ def gate_up_kernel(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    PLANES: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, CODES: tl.constexpr,
+    EVEN_CODES: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
@@ -34,7 +35,8 @@ def gate_up_kernel(
     from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), or a quarter of it in `select_lowbit`'s words,
     scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or
     None: under "topk" no threshold is applied, all values are written beside what they are ranked by, and `triton_topk`
-    goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held. PARTS: columns to an accumulator.
+    goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held. PARTS: columns to an accumulator. GROUP,
+    AHEAD, EVEN_CODES: of `select_lowbit`, which reads CODES at once, and `select_lowrank` four times as many bytes.
     Out: values `[N, F]` fp32, written where selected, times down's scales but where keys are; neurons `[F]` int32, the
     first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets
     `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -51,7 +53,7 @@ def gate_up_kernel(
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
-            bias_ptr, shift_ptr, f, F, R, PLANES, PACKED, ACT, N, 512 // BLOCK, AHEAD,
+            bias_ptr, shift_ptr, f, F, R, PLANES, PACKED, ACT, N, GROUP, CODES // BLOCK, AHEAD, EVEN_CODES,
         )  # fmt: skip
     elif mask_ptr is not None:
         wanted = tl.load(mask_ptr + f, mask=f < F, other=0).to(tl.int32) & ((1 << N) - 1)

@@ -132,31 +132,35 @@ def _dot4(a, b, acc, PACKED: tl.constexpr):
 @triton.jit
 def _products(
     x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q,
-    PLANES: tl.constexpr, PACKED: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    AHEAD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """N times `[BLOCK]` fp32: a row of x times the weights of neurons `f`, PLANES to a byte. Sums are of integers."""
+    """ROWS times `[BLOCK]` fp32: a row of x, from FIRST on, times the weights of neurons `f`, PLANES to a byte.
+
+    Sums are of integers.
+    """
     BITS: tl.constexpr = 8 // PLANES
     TOP: tl.constexpr = (1 << BITS) - 1
     BLOCK: tl.constexpr = f.shape[0]
     acc = ()
-    for _ in tl.static_range(N):
+    for _ in tl.static_range(ROWS):
         acc += (tl.zeros([BLOCK, WIDTH], tl.int32),)
     for start in range(0, Q, WIDTH * AHEAD):
         codes = ()
         for step in tl.static_range(AHEAD):
             j = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
-            inside = (f[:, None] < F) & (j < Q)
+            inside = ((f[:, None] < F) & (j < Q)) | EVEN
             codes += (tl.load(codes_ptr + f[:, None] * Q + j, mask=inside, other=0),)
         for step in tl.static_range(AHEAD):
             j = start + step * WIDTH + tl.arange(0, WIDTH)[None, :]
             code = codes[step].to(tl.int32)
             new = ()
-            for n in tl.static_range(N):
-                total = acc[n]
+            for row in tl.static_range(ROWS):
+                total = acc[row]
                 for k in tl.static_range(PLANES):
                     # One pointer per code, though all neurons share the row: it loads where it is used.
-                    x_ptr = x8_ptr + (n * PLANES + k) * Q + j + 0 * f[:, None]
-                    x = tl.load(x_ptr, mask=j < Q, other=0).to(tl.int32)
+                    x_ptr = x8_ptr + ((FIRST + row) * PLANES + k) * Q + j + 0 * f[:, None]
+                    x = tl.load(x_ptr, mask=(j < Q) | EVEN, other=0).to(tl.int32)
                     if PACKED == "no":
                         total += ((code >> BITS * k) & TOP) * x
                     else:
@@ -165,45 +169,69 @@ def _products(
             acc = new
     scale = tl.load(scale_ptr + f, mask=f < F, other=0.0)
     found = ()
-    for n in tl.static_range(N):
-        dots = 2 * tl.sum(acc[n], 1) - TOP * tl.load(sums_ptr + n)
-        found += (dots.to(tl.float32) * tl.load(step_ptr + n) * scale,)
+    for row in tl.static_range(ROWS):
+        dots = 2 * tl.sum(acc[row], 1) - TOP * tl.load(sums_ptr + FIRST + row)
+        found += (dots.to(tl.float32) * tl.load(step_ptr + FIRST + row) * scale,)
     return found
+
+
+@triton.jit
+def _select_rows(
+    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight, bias,
+    f, F, Q,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """`select_lowbit` for ROWS rows of x from FIRST on."""
+    gates = _products(
+        x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
+        AHEAD, EVEN,
+    )  # fmt: skip
+    if up_codes_ptr is not None:
+        ups = _products(
+            x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
+            AHEAD, EVEN,
+        )  # fmt: skip
+    wanted = tl.zeros([f.shape[0]], tl.int32)
+    for row in tl.static_range(ROWS):
+        g = gates[row]
+        if shift_ptr is not None:
+            g += tl.load(shift_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        a = activate(g, ACT)
+        if up_codes_ptr is not None:
+            a *= ups[row]
+        score = weight * tl.sqrt_rn(tl.abs(a)) + bias
+        wanted |= (score > 0).to(tl.int32) << (FIRST + row)
+    return wanted
 
 
 @triton.jit
 def select_lowbit(
     x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
     shift_ptr, f, F, Q,
-    PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
+    WIDTH: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """`[BLOCK]` int32: bit n is set where neuron `f` scores above zero for row n.
 
     Of a plain FFN up's codes stand for gate's, None for up's, and shift is up's bias or None. PACKED: "no" where codes
-    and x8 are bytes, Q of them a row; else they are int32, four bytes each, and Q counts these: "cuda" and
-    "hip" multiply them by one instruction of such a GPU, "any" by plain ones. WIDTH, AHEAD: of a row at once, and how
-    often ahead.
+    and x8 are bytes, Q of them a row; else they are int32, four bytes each, and Q counts these: "cuda" and "hip"
+    multiply them by one instruction of such a GPU, "any" by plain ones. GROUP: rows of x for which codes are read once.
+    WIDTH, AHEAD: codes of a row at once, and how often ahead; EVEN: these divide Q, and BLOCK divides F.
     """
     weight = tl.load(weight_ptr + f, mask=f < F, other=0.0)
     bias = tl.load(bias_ptr + f, mask=f < F, other=0.0)
-    gates = _products(
-        x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, PLANES, PACKED, N, WIDTH, AHEAD
-    )
-    if up_codes_ptr is not None:
-        ups = _products(
-            x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, PLANES, PACKED, N, WIDTH, AHEAD
-        )
     wanted = tl.zeros([f.shape[0]], tl.int32)
-    for n in tl.static_range(N):
-        g = gates[n]
-        if shift_ptr is not None:
-            g += tl.load(shift_ptr + f, mask=f < F, other=0.0).to(tl.float32)
-        a = activate(g, ACT)
-        if up_codes_ptr is not None:
-            a *= ups[n]
-        score = weight * tl.sqrt_rn(tl.abs(a)) + bias
-        wanted |= (score > 0).to(tl.int32) << n
+    for first in tl.static_range(0, N // GROUP * GROUP, GROUP):
+        wanted |= _select_rows(
+            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight,
+            bias, f, F, Q, PLANES, PACKED, ACT, first, GROUP, WIDTH, AHEAD, EVEN,
+        )  # fmt: skip
+    if N % GROUP > 0:
+        wanted |= _select_rows(
+            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight,
+            bias, f, F, Q, PLANES, PACKED, ACT, N // GROUP * GROUP, N % GROUP, WIDTH, AHEAD, EVEN,
+        )  # fmt: skip
     return tl.where(f < F, wanted, 0)
 
 
