@@ -13,7 +13,7 @@ quickstart: install demo-model  ## the main job on a real model, then its result
 
 test: install  ## lint, types and the tests that fit into minutes
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: install demo-model  ## the full matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto

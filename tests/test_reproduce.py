@@ -92,6 +92,7 @@ def test_inertia_and_what_it_takes_from_an_earlier_call(tiny: Path, capsys: pyte
     assert "margin, seed 2\n" in err
 
 
+@pytest.mark.slow
 def test_locality_and_prosparse(tiny: Path) -> None:
     figures = run("locality-vs-inertia", tiny)
     assert [row["arm"] for row in figures["rows"]] == ["no penalty", "against inertia", "for locality"]

@@ -126,13 +126,21 @@ def test_activations(act: str) -> None:
         (1, 1, 1, 1, 1.0),
         (1, 40, 1100, 3, -0.3),  # two blocks a chain
         (2, 1030, 33, 130, 0.0),  # several steps over D and over R, several tiles of columns
-        (1, 24, 8200, 5, -0.4),  # larger blocks
         (3, 96, 40, 16, 0.0),  # codes in words, a row and a half of them at once
     ],
 )
 @pytest.mark.parametrize("family", KINDS)
 def test_sizes(family: str, n: int, d: int, f: int, r: int, shift: float) -> None:
     check(make(n, d, f, r, shift=shift, family=family))
+
+
+@computed
+@pytest.mark.parametrize(("family", "r"), [*((family, 8) for family in KINDS), ("lowrank", 0)])
+def test_larger_blocks(family: str, r: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moyu_kernels.ops.ffn import triton_lists
+
+    monkeypatch.setattr(triton_lists, "BLOCKS", 3)  # of 64 neurons, as a model of 16,384 has
+    check(make(2, 32, r=r, family=family))
 
 
 @computed

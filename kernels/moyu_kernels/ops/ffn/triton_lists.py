@@ -13,6 +13,7 @@ from .triton_kernels import down_kernel
 THREADS = 128
 TILE_BYTES = 256  # of a row per program: 16 threads with a 16-byte load each
 CHAINS = THREADS // 16  # chains in work at once
+BLOCKS = 256  # enough programs for a large GPU
 AT_ONCE = 512  # programs that a large GPU has room for, four on an SM
 
 
@@ -29,9 +30,9 @@ class Lists:
 
     @classmethod
     def empty(cls, rows: int, weight: Tensor) -> "Lists":
-        """256 to 511 blocks, whatever the model: enough programs for a large GPU."""
+        """From `BLOCKS` on and fewer than twice as many, whatever the model, but for small ones."""
         f, d = weight.shape
-        block = min(128, max(16, triton.next_power_of_2(f // 256 + 1) // 2))
+        block = min(128, max(16, triton.next_power_of_2(f // BLOCKS + 1) // 2))
         blocks, tiles = triton.cdiv(f, block), triton.cdiv(d, TILE_BYTES // weight.element_size())
 
         def ints(*shape: int) -> Tensor:
