@@ -248,13 +248,14 @@ def test_partial_sums_are_published_before_the_ticket(target: str) -> None:
     assert re.search(".*?".join(order), report.assembly, re.DOTALL)
 
 
+@pytest.mark.parametrize("d", [576, 4096])
 @pytest.mark.parametrize("target", ["sm90", pytest.param("gfx942", marks=pytest.mark.slow)])
-def test_sums_have_one_order_for_all_batches(target: str) -> None:
+def test_sums_have_one_order_for_all_batches(target: str, d: int) -> None:
     """The layouts of all fp32 sums, which fix their order, are the same for 1 and 8 rows."""
 
     def layouts(n: int) -> dict[str, set[str]]:
         found = {}
-        for name, (report, _) in compiled(target, n).items():
+        for name, (report, _) in compiled(target, n, d).items():
             ir = report.kernel.asm["ttgir"]
             names = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ir, re.MULTILINE))
             sums = re.findall(r"\}\) : \(tensor<(\w+xf32), (#\w+)>\) ->", ir)
