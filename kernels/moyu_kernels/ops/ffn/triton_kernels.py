@@ -186,7 +186,7 @@ def down_kernel(
             weights += (tl.load(down_ptr + offset, mask=inside, other=0.0),)
         tl.debug_barrier()  # as in `gate_up_kernel`
         for step in tl.static_range(STEPS):
-            if down_ptr.dtype.element_ty == tl.int8 and N > 4 and step % 3 == 0 and step > 0:
+            if down_ptr.dtype.element_ty == tl.int8 and N > 4 and step % 2 == 0 and step > 0:
                 tl.debug_barrier()  # against values of too many steps in registers at once
             w = weights[step].to(tl.float32)
             new = ()
