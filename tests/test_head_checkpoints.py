@@ -243,7 +243,7 @@ def test_any_data_in_the_block(tmp_path_factory: pytest.TempPathFactory, key: st
 def test_older_checkpoints_have_no_heads(tmp_path: Path) -> None:
     folder = exported(tmp_path / "sparse")
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", MANIFEST))
-    assert config["moyu"]["format_version"] == manifest["format_version"] == 5
+    assert config["moyu"]["format_version"] == manifest["format_version"] == 6
     del config["moyu"]["heads"], manifest["attention_sha256"]
     config["moyu"]["format_version"] = manifest["format_version"] = 4
     (folder / "config.json").write_text(json.dumps(config))

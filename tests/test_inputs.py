@@ -1,11 +1,13 @@
 """Sparse inputs of linear layers: which layers, the masks by hand, training, deltas, and the way into a checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import moyu_kernels
 import pytest
 import torch
+from moyu_kernels.checkpoint import MANIFEST
 from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import set_mode
 from moyu_kernels.rules import Rule
@@ -14,6 +16,7 @@ from tiny import save_tiny, tiny_model, tiny_settings
 from moyu_train.checkpoints.export import read_inputs
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
+from moyu_train.files import sha256
 from moyu_train.models.blocks import find_inputs
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
@@ -114,6 +117,14 @@ def test_inputs_are_sparse_from_calibration_to_the_checkpoint(tmp_path: Path, in
         ruled = loaded(input_ids=ids).logits
     torch.testing.assert_close(sparse, stock, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(ruled, stock, rtol=1e-2, atol=1e-2)
+    if inputs.get("centre") != "median":  # format 5 did not say `centred`
+        config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", MANIFEST))
+        assert config["moyu"]["inputs"].pop("centred") is False
+        config["moyu"]["format_version"] = manifest["format_version"] = 5
+        (folder / "config.json").write_text(json.dumps(config))
+        manifest["files"]["config.json"] = sha256(folder / "config.json")
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        torch.testing.assert_close(moyu_kernels.from_pretrained(folder)(input_ids=ids).logits, ruled)
     layer = loaded.model.layers[1].self_attn.q_proj
     assert isinstance(layer, SparseLinear) == ("name" not in inputs)
     if isinstance(layer, SparseLinear):

@@ -159,13 +159,13 @@ def test_unknown_predictor_family(checkpoint: Factory) -> None:
 
 def test_other_format_version(checkpoint: Factory) -> None:
     folder = checkpoint()
-    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=6))
-    with pytest.raises(CheckpointError, match="format version 6"):
+    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=7))
+    with pytest.raises(CheckpointError, match="format version 7"):
         from_pretrained(folder)
     reseal(folder)
-    rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=7))
+    rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=8))
     reseal(folder)
-    with pytest.raises(CheckpointError, match="format version 7"):
+    with pytest.raises(CheckpointError, match="format version 8"):
         from_pretrained(folder)
 
 
