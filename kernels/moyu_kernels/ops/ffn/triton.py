@@ -94,7 +94,7 @@ def plan(
     # Rows of x that a predictor's row is read for at once, and loads of it ahead: as many as registers are left for.
     group = min(n, 16 // planes) if lowbit else n
     ahead = 2 ** (3 - (group - 1) // 2)
-    if target.backend == "hip" or planes == 8:
+    if target.backend == "hip" or planes == 8 or scales is not None:
         ahead = max(ahead // 2, 1)
     even_codes = f % lists.block == 0 and r % (CODES // lists.block * ahead) == 0
     constants = {"PACKED": packed, "GROUP": group, "AHEAD": ahead, "CODES": CODES, "EVEN_CODES": even_codes}
