@@ -61,7 +61,7 @@ def verify(folder: Path, tokens: int = 64) -> dict[str, Any]:
     ids = ids.to(sparse.device)
     found = decode_logits(sparse, ids)
     marker = marker_of(folder)
-    stock = load_dense(folder)
+    stock = load_dense(folder, device=sparse.device)
     inputs = read_inputs(folder)
     with SparseMasks(stock, rules, None, inputs=inputs) as masks:
         expected = stock(input_ids=ids, use_cache=False).logits

@@ -99,9 +99,9 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     if not any(isinstance(module, moyu_kernels.SparseFFN) for module in sparse.modules()):
         raise MoyuError(f"{str(folder)!r} runs simulated (masked after dense matmuls), so it has no speed to measure")
     load_seconds = time.monotonic() - started
-    dense = load_dense(folder, sparse.dtype)
+    dense = load_dense(folder, sparse.dtype, device=sparse.device)
     # The runner swaps linear layers and attention, stock must not.
-    runners = {"dense_runner": load_dense(folder, sparse.dtype), "sparse": sparse}
+    runners = {"dense_runner": load_dense(folder, sparse.dtype, device=sparse.device), "sparse": sparse}
     if read_weights(folder) == "int8":
         runners["dense_int8"] = int8_twin(dense)
     settings, buffer = of_device(settings, sparse.device), bandwidth_buffer(sparse.device)

@@ -80,7 +80,7 @@ def test_generate_of_transformers(checkpoint: Callable[..., Path]) -> None:
     assert torch.equal(*outputs)
 
 
-def test_a_model_of_a_gpu_may_move(checkpoint: Callable[..., Path]) -> None:
+def test_two_tokens_of_a_sequence_run_the_ops(checkpoint: Callable[..., Path]) -> None:
     model = load(checkpoint(tiny_llama()), backend="triton", mode="rule", device_map="cuda")
     logits = model(input_ids=IDS[:, :2].cuda(), use_cache=False).logits
     assert logits.isfinite().all()

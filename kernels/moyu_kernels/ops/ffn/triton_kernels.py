@@ -49,7 +49,7 @@ def gate_up_kernel(
     lane = tl.arange(0, BLOCK)
     f = block * BLOCK + lane
     if hidden_ptr is not None:
-        wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, 2048 // BLOCK, AHEAD)
+        wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, 4 * CODES // BLOCK, AHEAD)
     elif x8_ptr is not None:
         wanted = select_lowbit(
             x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
