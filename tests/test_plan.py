@@ -210,3 +210,14 @@ def test_step_cost_does_not_wait_for_a_process_that_was_killed(monkeypatch: pyte
     monkeypatch.setattr("moyu_train.step_cost._peak", killed)
     with pytest.raises(MoyuError, match="was killed, for want of memory most likely"):
         step_cost(Recipe.model_validate(settings_of(tmp_path)))
+
+
+def test_an_offloaded_parent_takes_its_largest_part_alone(tmp_path: Path) -> None:
+    whole, offloaded = (
+        plan(Recipe.model_validate(settings_of(tmp_path, parent_offload=offload)), processes=2)["memory"]["single"]
+        for offload in (False, True)
+    )
+    assert whole["parent"] == 4 * TINY
+    largest = max(V * D + D, (TINY - V * D - D) // L)  # embeddings, which are the head too, and the norm; or a layer
+    assert offloaded["parent"] == 4 * largest
+    assert whole["peak"] > offloaded["peak"]
