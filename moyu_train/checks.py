@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moyu_kernels.ffn import int8_refused_because, sees_sequences, simulated_because
+from moyu_kernels.ffn import sees_sequences, simulated_because
 from moyu_kernels.ops.ffn.naive import SIMULATED, WHOLE_ROW
 from moyu_kernels.rules import Rule
 
@@ -97,8 +97,7 @@ def _without_op(rule: Rule, act: str, blocks: list[FFNBlock]) -> tuple[str, str]
 
 
 def _check_int8(rule: Rule, act: str, blocks: list[FFNBlock]) -> None:
-    refused = ((b.path, int8_refused_because(b.describe())) for b in blocks)
-    if found := _without_op(rule, act, blocks) or next((found for found in refused if found[1]), None):
+    if found := _without_op(rule, act, blocks):
         raise MoyuError(
             f"export.weights 'int8': {found[0]} cannot have int8 weights, since {found[1]}; use export.weights: "
             "stored (--export.weights stored)"

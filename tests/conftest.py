@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -17,3 +18,9 @@ from launched import Seen, run_variant
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Seen]:
     """Starts variants of the contract, each once a module."""
     return partial(run_variant, tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture
+def without_llamacpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were not installed."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)

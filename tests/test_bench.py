@@ -145,9 +145,19 @@ def test_int8_cases() -> None:
     (torch_linear, our_linear), none = case.linear()
     torch.testing.assert_close(torch_linear.call(0, 0), our_linear.call(0, 0), rtol=5e-2, atol=5e-2)
     assert none == []
-    assert case.plain() == ([], [])
+    (torch_plain, our_plain), sparse = case.plain()
+    up_down = (weights.scales[::2], weights.columns)
+    expected, _ = naive.plain_ffn(
+        case.calls[0], *weights[0][::2], torch.zeros(192), "silu", [], "threshold", 0, None, None, *up_down
+    )
+    torch.testing.assert_close(our_plain.call(0, 0)[0], expected)
+    assert torch_plain.call(0, 0).shape == expected.shape
+    assert torch_plain.moved == our_plain.moved == [2.0 * 64 * 192 + 4 * (2 * 192 + 64)] * bench_cases.INPUTS
+    threshold = sum(sparse[0].moved) / bench_cases.INPUTS
+    assert threshold == pytest.approx(64 * 192 * (1 + sparse[0].union) + 4 * 192 + 4 * (2 * 192 + 64))
 
 
+@pytest.mark.usefixtures("without_llamacpp")
 def test_model_of_a_shape_in_int8(tmp_path: Path) -> None:
     options = ["--dtypes", "int8", "--densities", "0.4", "--quick", "--threads", "1"]
     assert main(["bench", "model", "--shape", "smollm2-135m", "--json", str(tmp_path / "m.json"), *options]) == 0
@@ -176,6 +186,7 @@ def test_bytes_of_sparse_inputs() -> None:
     assert skipped == pytest.approx(192 * 2 * (64 - kept) - 64 * 4)
 
 
+@pytest.mark.usefixtures("without_llamacpp")
 def test_model_of_a_shape(tmp_path: Path) -> None:
     options = ["--densities", "0.2,0.6", "--quick", "--threads", "1"]
     assert main(["bench", "model", "--shape", "smollm2-135m", "--json", str(tmp_path / "m.json"), *options]) == 0

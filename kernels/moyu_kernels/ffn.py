@@ -11,8 +11,8 @@ from .modules import SparseFFN, SparseGatedFFN, activation, gate_up_down
 from .ops.ffn.naive import PLAIN_RULES
 from .plain import SparsePlainFFN
 from .plain import install as install_plain
-from .prompt_ffn import PromptGatedFFN, PromptInt8FFN, PromptPlainFFN
-from .quantised import Int8GatedFFN
+from .prompt_ffn import PromptFFN, PromptGatedFFN, PromptInt8GatedFFN, PromptInt8PlainFFN, PromptPlainFFN
+from .quantised import Int8GatedFFN, Int8PlainFFN
 from .rules import Rule
 
 # transformers' names of the activations that have an op; other ones run under a mask on the dense module.
@@ -27,6 +27,19 @@ ACTIVATIONS = {
 }
 GATED_LAYOUTS = ("gated", "fused")
 LAYOUTS_WITH_OP = (*GATED_LAYOUTS, "plain")
+# By whether there is a gate, and whether weights are int8.
+BLOCKS: dict[tuple[bool, bool], type[SparseFFN]] = {
+    (True, False): SparseGatedFFN,
+    (True, True): Int8GatedFFN,
+    (False, False): SparsePlainFFN,
+    (False, True): Int8PlainFFN,
+}
+PROMPT_BLOCKS: dict[tuple[bool, bool], type[PromptFFN]] = {
+    (True, False): PromptGatedFFN,
+    (True, True): PromptInt8GatedFFN,
+    (False, False): PromptPlainFFN,
+    (False, True): PromptInt8PlainFFN,
+}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -46,14 +59,12 @@ def sparse_ffn(
     """
     projections = {name: getattr(module, name) for name in _names(block)}
     act = "relu" if rule.substitutes else ACTIVATIONS[act_name]  # substitutes are all that the op then computes
-    gated = block["layout"] in GATED_LAYOUTS
+    kind = block["layout"] in GATED_LAYOUTS, weights == "int8"
     if rule.prompt:
-        prompt_cls = (PromptInt8FFN if weights == "int8" else PromptGatedFFN) if gated else PromptPlainFFN
-        return prompt_cls(projections, act, rule, mode, backend)
-    cls = (Int8GatedFFN if weights == "int8" else SparseGatedFFN) if gated else SparsePlainFFN
+        return PROMPT_BLOCKS[kind](projections, act, rule, mode, backend)
     op, keep = _op_on(backend, rule), rule.count(block["neurons"])
     assert op
-    return cls(projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
+    return BLOCKS[kind](projections, act, rule.op_threshold, predictor, mode, backend, op, keep)
 
 
 def install_ffn(model: nn.Module, block: dict[str, Any], ffn: SparseFFN) -> None:
@@ -107,11 +118,6 @@ def simulated_because(module: Any, block: dict[str, Any], act_name: str, rule: R
     else:
         same, formula = _is_gated_ffn(module, projections, function), "down(act(gate(x)) * up(x))"
     return "" if same else f"it computes more than {formula}"
-
-
-def int8_refused_because(block: dict[str, Any]) -> str:
-    """Why a block that has an op has none on int8 weights; empty where it has."""
-    return "" if block["layout"] in GATED_LAYOUTS else f"layout {block['layout']!r} has no op on them"
 
 
 def _names(block: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
 from .dispatch import DISPATCH, start_dispatch
-from .ffn import install_ffn, int8_refused_because, simulated_because, sparse_ffn
+from .ffn import install_ffn, simulated_because, sparse_ffn
 from .heads import HeadRouters, install_heads
 from .inputs import SparseLinear
 from .modules import resolve_backend
@@ -43,7 +43,7 @@ def from_pretrained(
             "predicted" becomes "rule" for the FFN, with a warning. Attention heads are predicted where the checkpoint
             has routers for them; in the other modes all run.
         weights: of the FFN blocks: "stored" decodes them in `dtype`, "int8" rounds them here, after `dtype`, to int8
-            with a scale a row (`Int8GatedFFN`); default what the checkpoint was calibrated for.
+            with a scale a row (`Int8Rows`); default what the checkpoint was calibrated for.
         dispatch: "measure" times on this machine, once, up to which density predictors pay, and blocks of which more is
             selected decode in mode "rule", with a warning: at batch 1, and for a `Runner` at its batch
             (`dispatch.choose`). "off" leaves all in `mode`.
@@ -162,9 +162,9 @@ def _install(
         raise CheckpointError(f"{folder}: the config names the block {path}, which the model lacks: {error}") from error
     backend = resolve_backend(backend, next(module.parameters()).device)
     reason = simulated_because(module, block, act_name, rule, backend)
-    if weights == "int8" and (refused := reason or int8_refused_because(block)):
+    if weights == "int8" and reason:
         raise CheckpointError(
-            f"{folder}: {path} cannot have int8 weights, since {refused}; load it with weights='stored'"
+            f"{folder}: {path} cannot have int8 weights, since {reason}; load it with weights='stored'"
         )
     if not reason:
         ffn = sparse_ffn(module, block, act_name, rule, predictor, mode, backend, weights)

@@ -141,8 +141,8 @@ class SparseFFN(SparseModule):
         raise NotImplementedError
 
     @property
-    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
-        """What the op takes beside them: values of each neuron `[..., F]` and of each column `[D]`."""
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        """What the op takes beside them: in turns values of each neuron `[..., F]` and of each column `[D]`."""
         raise NotImplementedError
 
     def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -278,7 +278,7 @@ class SparseGatedFFN(SparseFFN):
         return gate, up, down.t()
 
     @property
-    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+    def vectors(self) -> tuple[Tensor | None, ...]:
         return None, None
 
     def _front(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -15,9 +15,9 @@ from .modules import SparseFFN
 class PassedOn(nn.Module):
     """In the place of a down projection, whose parameters it keeps: hands on its input, which is the FFN's output."""
 
-    def __init__(self, original: Any) -> None:
+    def __init__(self, weight: Any, bias: Any) -> None:
         super().__init__()
-        self.weight, self.bias = original.weight, original.bias
+        self.weight, self.bias = weight, bias
 
     def forward(self, y: Tensor) -> Tensor:
         return y
@@ -54,7 +54,7 @@ class SparsePlainFFN(SparseFFN):
             weight = projection.weight.data
             projection.weight.data = weight.contiguous() if straight else weight.t().contiguous().t()
         self.weight, self.bias = up.weight, up.bias
-        self._passed_on = (PassedOn(down),)  # in a tuple: its parameters are those of another place
+        self._passed_on = (PassedOn(down.weight, down.bias),)  # in a tuple: its parameters are those of another place
 
     @property
     def passed_on(self) -> PassedOn:
@@ -67,7 +67,7 @@ class SparsePlainFFN(SparseFFN):
         return self._neuron_rows([self.weight, self.passed_on.weight])
 
     @property
-    def vectors(self) -> tuple[Tensor | None, Tensor | None]:
+    def vectors(self) -> tuple[Tensor | None, ...]:
         """Biases of up `[F]` and down `[D]`."""
         return self.bias, self.passed_on.bias
 

@@ -12,7 +12,7 @@ from .ops import cpu
 from .ops.ffn.naive import pack_mask
 from .plain import SparsePlainFFN
 from .prompt import PromptState
-from .quantised import Int8GatedFFN
+from .quantised import Int8GatedFFN, Int8PlainFFN
 from .rules import Rule
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class PromptFFN(SparseFFN):
     ) -> None:
         self.prompt_rule, self.state = rule, PromptState(rule.prompt)
         self._rows: list[Tensor] = []
-        self._values: Tensor | None = None
+        self._vectors: list[Tensor | None] = []
         super().__init__(projections, act, rule.threshold, [], mode, backend)
         mask = torch.zeros(self.neurons, dtype=torch.uint8, device=self.threshold.device)
         self.register_buffer("mask", mask, persistent=False)
@@ -72,9 +72,8 @@ class PromptFFN(SparseFFN):
         if not self.state.complete or x.shape[:-1].numel() > MAX_ROWS or x.ndim != 3 or x.shape[1] > 1:
             return self._watch(x)
         self.state.check(x)
-        values, columns = self.vectors
-        weights, values = (self._rows, self._values) if self._gathers else (self.weights, values)
-        rows, rest = len(x), ("threshold", 0, values, columns)
+        weights, vectors = (self._rows, self._vectors) if self._gathers else (self.weights, self.vectors)
+        rows, rest = len(x), ("threshold", 0, *vectors)
         x_rows = x.reshape(rows, self.hidden)
         y, counts = self._run(x_rows, *weights, self.no_threshold, self.act, [self.mask], *rest)
         selected, kept = counts.sum(0)
@@ -111,17 +110,18 @@ class PromptFFN(SparseFFN):
         if not self._gathers:
             self.mask.copy_(mask)
             return
-        values, _ = self.vectors
         if not self._rows:  # made once, since compiled steps hold on to them; memory is taken as rows are written
             self._rows = [torch.empty_like(weight) for weight in self.weights]
-            self._values = None if values is None else torch.empty_like(values)
+            self._vectors = list(self.vectors)
+            self._vectors[::2] = [v if v is None else torch.empty_like(v) for v in self.vectors[::2]]
         index = mask.nonzero()[:, 0]
         self.mask.zero_()
         self.mask[: len(index)] = mask[index]
         for rows, weight in zip(self._rows, self.weights, strict=True):
             torch.index_select(weight, 0, index, out=rows[: len(index)])
-        if values is not None and self._values is not None:
-            self._values[..., : len(index)] = values[..., index]
+        for gathered, values in zip(self._vectors[::2], self.vectors[::2], strict=True):
+            if gathered is not None and values is not None:
+                gathered[..., : len(index)] = values[..., index]
 
     @property
     def predictor(self) -> list[Tensor]:
@@ -141,5 +141,9 @@ class PromptPlainFFN(PromptFFN, SparsePlainFFN):
     """`PromptFFN` of a plain FFN."""
 
 
-class PromptInt8FFN(PromptFFN, Int8GatedFFN):
+class PromptInt8GatedFFN(PromptFFN, Int8GatedFFN):
     """`PromptFFN` of a gated FFN on int8 rows."""
+
+
+class PromptInt8PlainFFN(PromptFFN, Int8PlainFFN):
+    """`PromptFFN` of a plain FFN on int8 rows."""

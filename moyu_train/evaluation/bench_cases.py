@@ -170,16 +170,16 @@ class Case:
 
     def plain(self) -> tuple[list[Setting], list[Setting]]:
         """A plain FFN dense, by PyTorch and by the op that keeps all, and beside it the op under a threshold and with a
-        predictor; not in int8, which it does not take. Its up is gate."""
-        if self.weights.scales is not None:
-            return [], []
+        predictor. Its up is gate."""
         silu, zero = naive.ACTIVATIONS["silu"], self._full(self.f, 0.0)
+        scales = self.weights.scales
+        each = [None] * 2 if scales is None else [scales[0].to(self.x.dtype), self._full(self.d, 0.01).to(self.x.dtype)]
 
         def torch_linears(copy: int, i: int) -> Tensor:
             up, _, down = self.weights[copy]
-            return functional.linear(silu(functional.linear(self.calls[i], up)), down.view(self.d, self.f))
+            return _torch_linear(silu(_torch_linear(self.calls[i], up, each[0])), down.view(self.d, self.f), each[1])
 
-        dense = [float(self.weights.bytes // 3 * 2)] * INPUTS
+        dense = [2.0 * self.f * self.d * self.itemsize + self._scale_bytes(2)] * INPUTS
         kinds = (("torch", torch_linears), (self.backend, self._plain_call(zero, [])))
         rivals = [Setting("plain_dense", backend, n, call, dense) for backend, call in kinds for n in self.threads]
         sparse = []
@@ -192,7 +192,7 @@ class Case:
                 predictor[-1] -= level
             union = kept.view(INPUTS, -1, self.f).any(1).sum(-1)
             selected = union if family else torch.full_like(union, self.f)
-            constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor))
+            constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor)) + self._scale_bytes(2)
             moved = (self.row * (selected + union).double() + constant).tolist()
             call = self._plain_call(threshold, predictor)
             shares = kept.float().mean().item(), (union / self.f).mean().item()
@@ -201,10 +201,18 @@ class Case:
             )
         return rivals, sparse
 
+    def _scale_bytes(self, matrices: int) -> int:
+        return 4 * (matrices * self.f + self.d) if self.weights.scales is not None else 0
+
     def _plain_call(self, threshold: Tensor, predictor: list[Tensor]) -> Callable[[int, int], Any]:
+        int8: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.weights.scales is not None:
+            int8 = (self.weights.scales[::2].contiguous(), self.weights.columns)
+
         def call(copy: int, i: int) -> Any:
             up, _, down = self.weights[copy]
-            return self.plain_ffn(self.calls[i], up, down, threshold, "silu", predictor)
+            rest = "threshold", 0, None, None, *int8
+            return self.plain_ffn(self.calls[i], up, down, threshold, "silu", predictor, *rest)
 
         return call
 
@@ -249,8 +257,7 @@ class Case:
         selected = union if predictor or rule == "gate_threshold" else torch.full_like(union, self.f)
         gates = union if predictor else torch.full_like(union, self.f)
         int8 = (self.weights.scales, self.weights.columns)
-        read_whole = (t for t in (threshold, *predictor, *int8) if t is not None)
-        constant = sum(t.numel() * t.element_size() for t in read_whole)
+        constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor)) + self._scale_bytes(3)
 
         def call(copy: int, i: int) -> Any:
             return self.gated_ffn(self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, *int8)

@@ -1,13 +1,11 @@
 """A dense model on the int8 weights that its export decodes with: by value, and by row for timing."""
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
-from moyu_kernels.ffn import ACTIVATIONS
+from moyu_kernels.ffn import ACTIVATIONS, BLOCKS, install_ffn
 from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
-from moyu_kernels.quantised import Int8GatedFFN
-from torch import nn
 
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.marker import base_activation
@@ -15,16 +13,16 @@ from moyu_train.models.marker import base_activation
 
 @torch.no_grad()
 def round_ffn(model: Any) -> Any:
-    """Put what int8 rows stand for in place of the FFN weights of a model with gated or fused blocks.
+    """Put what int8 rows stand for in place of the FFN weights of a model with gated, fused or plain blocks.
 
-    A row belongs to a neuron, so `down` is rounded by its columns. Returns: the model.
+    A row belongs to a neuron, so `down` `[D, F]` is rounded by its columns. Returns: the model.
     """
     for block in find_blocks(model):
-        gate, up, down = block.matrices()
-        for rows in (gate, up):
+        for rows in block.fronts():
             rows.copy_(dequantise_rows(*quantise_rows(rows), rows.dtype))
-        codes, scale, columns = quantise_down(down.T)
-        down.T.copy_(dequantise_rows(codes, scale, down.dtype, columns))
+        down = block.down_matrix().T
+        codes, scale, columns = quantise_down(down)
+        down.copy_(dequantise_rows(codes, scale, down.dtype, columns))
     return model
 
 
@@ -37,9 +35,8 @@ def int8_twin(model: Any) -> Any:
     act = ACTIVATIONS.get(base_activation(model.config), "silu")
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for block in blocks:
-        parent, _, name = block.path.rpartition(".")
         names = [part for part in (block.gate, block.up, block.down) if part]
-        projections = {part: cast(nn.Linear, twin.get_submodule(f"{block.path}.{part}")) for part in names}
-        ffn = Int8GatedFFN(projections, act, torch.zeros(block.neurons), [], "dense", "auto")
-        setattr(twin.get_submodule(parent), name, ffn)
+        projections = {part: twin.get_submodule(f"{block.path}.{part}") for part in names}
+        cls = BLOCKS[block.layout != "plain", True]
+        install_ffn(twin, block.describe(), cls(projections, act, torch.zeros(block.neurons), [], "dense", "auto"))
     return twin

@@ -53,7 +53,7 @@ def compiled(
     predictor = [part.to("meta") for part in random_predictor(family, d, f, r)] if r else []
     weight, threshold = empty(f, d, dtype=torch.int8 if int8 else dtype), empty(f, dtype=torch.float32)
     fronts, biases = [weight] * (1 if plain else 2), (empty(f), empty(d)) if plain else (None, None)
-    scales = (empty(3, f, dtype=torch.float32), empty(d, dtype=torch.float32)) if int8 else ()
+    scales = (empty(len(fronts) + 1, f, dtype=torch.float32), empty(d, dtype=torch.float32)) if int8 else ()
     arguments = (empty(n, d), fronts, weight, threshold, act, predictor, TARGETS[target], *biases, keep, *scales)
     launches, _, _ = triton.plan(*arguments)
     reports = {}
@@ -132,6 +132,7 @@ def test_a_plain_ffn_has_as_many_loads_in_flight(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_int8_rows(target: str) -> None:
     check_int8(target, compiled(target, int8=True))
+    check_int8(target, compiled(target, family="lowbit_up", plain=True, int8=True), narrow_loads=8)
 
 
 @pytest.mark.slow
@@ -148,10 +149,10 @@ def test_int8_rows_of_all_batches(
     check_int8(target, compiled(target, n, 2048, 8192, rank, dtype, family=family or "lowrank", int8=True))
 
 
-def check_int8(target: str, reports: dict[str, tuple[Report, int]]) -> None:
+def check_int8(target: str, reports: dict[str, tuple[Report, int]], narrow_loads: int = 3) -> None:
     for name, (report, loads) in reports.items():
         check_resources(target, report)
-        check_loads(target, name, report, loads, narrow_loads=3)
+        check_loads(target, name, report, loads, narrow_loads=narrow_loads)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from moyu_kernels import Runner, SparseFFN, density, from_pretrained
-from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.ffn import installed_ffn, simulated_because
 from moyu_kernels.modules import set_mode
 from moyu_kernels.ops.ffn import naive
@@ -112,15 +111,6 @@ def test_the_runner_decodes_as_the_model_does(checkpoint: Factory, family: str) 
     torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, 5:], rtol=1e-4, atol=1e-4)
 
 
-def test_int8_is_refused(checkpoint: Factory) -> None:
-    stock, blocks, field = model_of("gpt_neox")
-    folder = checkpoint(stock, blocks=blocks, field=field, family=None)
-    with pytest.raises(
-        CheckpointError, match=r"layers.0.mlp cannot have int8 weights, since layout 'plain' has no op on"
-    ):
-        from_pretrained(folder, weights="int8")
-
-
 def test_what_does_more_than_a_plain_ffn_is_simulated(checkpoint: Factory, caplog: pytest.LogCaptureFixture) -> None:
     stock, blocks, _ = model_of("gpt_neox")
     module, rule = stock.get_submodule(blocks[0]["path"]), Rule(torch.full((192,), 0.1))
@@ -139,14 +129,20 @@ def test_what_does_more_than_a_plain_ffn_is_simulated(checkpoint: Factory, caplo
     assert not module.dense_4h_to_h._forward_hooks
 
 
-def module(arguments: list[Any], conv1d: bool = False, mode: str = "rule", backend: str = "cpu") -> SparsePlainFFN:
+def module(
+    arguments: list[Any],
+    conv1d: bool = False,
+    mode: str = "rule",
+    backend: str = "cpu",
+    cls: type[SparsePlainFFN] = SparsePlainFFN,
+) -> Any:
     _, up, down, threshold, act, predictor, rule, keep, up_bias, down_bias = arguments
     kinds: Any = (Conv1D(193, 65), Conv1D(65, 193)) if conv1d else (nn.Linear(65, 193), nn.Linear(193, 65))
     weights = (up.T, down) if conv1d else (up, down.T)
     for projection, weight, bias in zip(kinds, weights, (up_bias, down_bias), strict=True):
         projection.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
         projection.bias = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
-    return SparsePlainFFN({"up": kinds[0], "down": kinds[1]}, act, threshold, predictor, mode, backend, rule, keep)
+    return cls({"up": kinds[0], "down": kinds[1]}, act, threshold, predictor, mode, backend, rule, keep)
 
 
 @pytest.mark.parametrize("conv1d", [False, True])

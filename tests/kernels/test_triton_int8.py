@@ -5,11 +5,15 @@ from typing import Any
 import pytest
 import torch
 from moyu_kernels.ops.ffn import naive
-from moyu_kernels.quantised import Int8GatedFFN
+from moyu_kernels.quantised import Int8GatedFFN, Int8PlainFFN
 from on_device import DEVICE, agree, check_op, computed, run_interpreted, run_on_device
 from predictors import KINDS
 from test_cpu_ops import ffn_arguments
 from test_int8_op import cases, in_int8, projections
+from test_int8_plain import cases as plain_cases
+from test_int8_plain import in_int8 as plain_in_int8
+from test_plain_ffn import module
+from test_plain_op import plain_arguments
 from test_topk import topk_arguments
 from test_triton_ffn import poisoned  # noqa: F401 (a fixture)
 from torch import Tensor
@@ -18,13 +22,15 @@ from torch import Tensor
 def run(arguments: list[Any]) -> tuple[Tensor, Tensor]:
     from moyu_kernels.ops.ffn import triton
 
-    return run_on_device(triton.gated_ffn, *arguments)
+    return run_on_device(triton.gated_ffn if len(arguments) == 11 else triton.plain_ffn, *arguments)
 
 
 def check(arguments: list[Any]) -> tuple[Tensor, Tensor]:
     """Runs the kernel, compares with the naive twin in fp32 and returns what the kernel returned."""
     found = run(arguments)
-    agree(found, naive.gated_ffn(arguments[0].float(), *arguments[1:]), arguments[0].dtype, 2e-5)
+    wide = [part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in arguments]
+    twin = naive.gated_ffn if len(arguments) == 11 else naive.plain_ffn
+    agree(found, twin(*wide), arguments[0].dtype, 2e-5)
     return found
 
 
@@ -38,7 +44,8 @@ def test_under_the_interpreter() -> None:
 def test_equals_naive(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     known = [case for case in cases(rows, dtype, sizes) if case[7] in ("threshold", "topk")]
     assert len(known) == 2 + len(KINDS)
-    for case in known:
+    plain = plain_cases(rows, dtype, sizes, ("threshold", "topk")) if sizes[0] == 65 else ()
+    for case in (*known, *plain):
         check(case)
 
 
@@ -57,13 +64,18 @@ def test_down_rows_of_zeros_count_as_kept() -> None:
 @computed
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(kind: str) -> None:
-    x, *rest = in_int8(ffn_arguments(8, torch.float32, (65, 97, 17), family=kind))
-    y, counts = run([x, *rest])
-    assert torch.equal(run([x, *rest])[0], y)
-    for row in (0, 6):
-        alone, alone_counts = run([x[row : row + 1], *rest])
-        assert torch.equal(alone[0], y[row])
-        assert torch.equal(alone_counts[0], counts[row])
+    rule = "topk" if kind == KINDS[0] else "threshold"
+    for arguments in (
+        in_int8(ffn_arguments(8, torch.float32, (65, 97, 17), family=kind)),
+        plain_in_int8(plain_arguments(8, torch.float32, rule, sizes=(65, 97, 17))),
+    ):
+        x, *rest = arguments
+        y, counts = run([x, *rest])
+        assert torch.equal(run([x, *rest])[0], y)
+        for row in (0, 6):
+            alone, alone_counts = run([x[row : row + 1], *rest])
+            assert torch.equal(alone[0], y[row])
+            assert torch.equal(alone_counts[0], counts[row])
 
 
 @computed
@@ -82,6 +94,10 @@ def test_a_block_decodes_as_on_the_reference() -> None:
     block = Int8GatedFFN(projections(), "silu", torch.full((192,), 0.01), [], "rule", "triton").to(DEVICE)
     x = torch.randn(2, 64, device=DEVICE)
     torch.testing.assert_close(block(x), block.set_mode("rule", "reference")(x), rtol=1e-5, atol=1e-6)
+    plain = module(plain_arguments(2, torch.float32), cls=Int8PlainFFN, backend="triton").to(DEVICE)
+    plain.passed_on.to(DEVICE)
+    x = torch.randn(2, 65, device=DEVICE)
+    torch.testing.assert_close(plain(x), plain.set_mode("rule", "reference")(x), rtol=1e-5, atol=1e-6)
 
 
 @computed
@@ -90,6 +106,7 @@ def test_library_checks() -> None:
 
     arguments = in_int8([*ffn_arguments(2, torch.float32, (16, 32, 4))[:6], []])
     check_op(triton.gated_ffn, arguments)
+    check_op(triton.plain_ffn, plain_in_int8(plain_arguments(2, torch.float32, sizes=(16, 32, 4))))
 
 
 def test_refuses() -> None:
@@ -104,3 +121,8 @@ def test_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run([x, *weights, *rest, *vectors])
+    *rest, _, columns = plain_in_int8(plain_arguments(1, torch.float32))
+    with pytest.raises(ValueError, match=r"up is torch\.int8: int8 weights go with scales \[2, F\]"):
+        run([*rest, None, None])
+    with pytest.raises(ValueError, match=r"scales is .* \[3, 193\]: expected torch\.float32 \[2, 193\]"):
+        run([*rest, torch.ones(3, 193), columns])

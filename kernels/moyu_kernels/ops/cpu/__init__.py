@@ -26,7 +26,8 @@ _library.define(
 )
 _library.define(
     "plain_ffn(Tensor x, Tensor up, Tensor down, Tensor threshold, str act, Tensor[] predictor,"
-    " str rule='threshold', int keep=0, Tensor? up_bias=None, Tensor? down_bias=None) -> (Tensor, Tensor)"
+    " str rule='threshold', int keep=0, Tensor? up_bias=None, Tensor? down_bias=None, Tensor? scales=None,"
+    " Tensor? columns=None) -> (Tensor, Tensor)"
 )
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale=None) -> Tensor")
 _library.define("linears(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scales=None) -> Tensor")
@@ -67,6 +68,8 @@ def _(
     keep: int = 0,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x.shape[0], 2), dtype=torch.int32)
 
@@ -164,6 +167,8 @@ def plain_ffn(
     keep: int = 0,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.plain_ffn` for 1 to 8 rows; a row's result is bitwise the same in any batch and with any threads.
 
@@ -175,7 +180,7 @@ def plain_ffn(
     """
     load()
     op = torch.ops.moyu.plain_ffn.default
-    return op(x, up, down, threshold, act, predictor, rule, keep, up_bias, down_bias)
+    return op(x, up, down, threshold, act, predictor, rule, keep, up_bias, down_bias, scales, columns)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Tensor:

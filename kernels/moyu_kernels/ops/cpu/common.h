@@ -20,8 +20,7 @@ namespace moyu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Bytes of a stream that are fetched before their use. They are fetched again at half that distance: a fetch is dropped
-// where the memory has no room for it just then.
+// Bytes of a stream that are fetched before their use.
 constexpr int64_t LOOKAHEAD = 1 << 14;
 constexpr int64_t CHUNK = 1 << 15;  // bytes of a matrix that a thread claims at once
 constexpr int64_t MAX_ROWS = 8;  // tokens of one call: one bit each in a byte of the mask
@@ -197,18 +196,11 @@ void stream_dots(const W* weight, int64_t count, int64_t left, const float* x, i
                  Out out) {
   const int64_t lead = lookahead_rows<W>(d);
   const auto later = [&](int64_t row) { return weight + std::min(row, left - 1) * d; };
-  if constexpr (std::is_same_v<W, int8_t>) {  // two rows at a time: the additions of one are slower than its bytes
-    for (int64_t row = 0; row < count; row += 2) {
-      const int64_t far = row + lead, near = row + lead / 2;
-      const Rows<W, 4> ahead{{later(far), later(far + 1), later(near), later(near + 1)}};
-      dots_tiled(rows_from<2>(weight, d, row, count), ahead, x, rows, stride, d, [&](int m, int64_t n, float value) {
-        if (row + m < count) out(row + m, n, value);
-      });
-    }
-  } else {
-    for (int64_t row = 0; row < count; ++row)
-      dots_tiled(Rows<W, 1>{{weight + row * d}}, Rows<W, 2>{{later(row + lead), later(row + lead / 2)}}, x, rows,
-                 stride, d, [&](int, int64_t n, float value) { out(row, n, value); });
+  for (int64_t row = 0; row < count; row += 2) {
+    const Rows<W, 2> ahead{{later(row + lead + 0), later(row + lead + 1)}};
+    dots_tiled(rows_from<2>(weight, d, row, count), ahead, x, rows, stride, d, [&](int m, int64_t n, float value) {
+      if (row + m < count) out(row + m, n, value);
+    });
   }
 }
 

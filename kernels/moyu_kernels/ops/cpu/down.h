@@ -8,7 +8,9 @@
 
 namespace moyu {
 
-constexpr int64_t BLOCK = 128;  // most neurons of one range
+constexpr int64_t BLOCK = 512;  // most neurons of one range
+constexpr int64_t RANGES = 32;   // and how many of them there are in mid-sized FFNs: enough for as many threads
+constexpr int FRONT = 4;        // rows in front of the activation that are multiplied at once
 constexpr int GROUP = 8;        // most rows added in one pass over the accumulator, as `RowSums` has it
 
 // The neurons of one range that some row uses: bit n of mask[j] stands for row n, list holds the j with any bit set.

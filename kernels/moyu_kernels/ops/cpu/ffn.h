@@ -43,46 +43,50 @@ struct Ffn {
   }
 
   // Computes the selected neurons of a range, sets its counts [rows, 2], and adds its kept down rows to its partial sum
-  // [rows, stride], the last of them only in a later call or `finish`. Fetches ahead: gate (where it is not known) and
-  // up of the coming neurons, into the range `after`, and each down row as soon as its neuron is kept.
+  // [rows, stride], the last of them only in a later call or `finish`. Fetches ahead: rows in front of the activation of
+  // the coming neurons, into the range `after`, and down rows as soon as their neurons are kept.
   void run(Selection& s, const Selection& after, RowSums<W>& sums, float* partial, int32_t* counts) const {
     const bool known = first && first->known();
     std::fill(partial, partial + rows * stride, 0.0f);
     s.count(rows, counts, 2);
     for (int64_t n = 0; known && n < rows; ++n) counts[2 * n] = static_cast<int32_t>(s.size);
-    const int64_t lead = lookahead_rows<W>(d);
-    for (int64_t i = 0; i < s.found; ++i) {
-      const int64_t j = s.list[i], f = s.first + j;
-      const int64_t far = s.neuron(i + lead, after, f) * d, near = s.neuron(i + lead / 2, after, f) * d;
-      const W *nothing = (plain ? gate : up).rows + f * d, *newest = sums.pending(1, nothing), *recent = sums.pending(3, nothing);
-      float gates[MAX_ROWS], ups[MAX_ROWS], a[MAX_ROWS];
-      if (known) {
-        for (int64_t n = 0; n < rows; ++n) a[n] = first->row(n)[f];
-      } else if (first) {
-        const Rows<W, 4> ahead{{up.rows + far, up.rows + near, newest, recent}};
-        dots_tiled(Rows<W, 1>{{up.rows + f * d}}, ahead, x, rows, stride, d,
-                   [&](int, int64_t n, float value) { ups[n] = up.scaled(value, f); });
-        for (int64_t n = 0; n < rows; ++n) gates[n] = first->row(n)[f];
-      } else if (plain) {
-        const Rows<W, 4> ahead{{gate.rows + far, gate.rows + near, newest, recent}};
-        dots_tiled(Rows<W, 1>{{gate.rows + f * d}}, ahead, x, rows, stride, d,
-                   [&](int, int64_t n, float value) { a[n] = ruled(gate.output(value, f), f); });
-      } else {
-        const Rows<W, 6> ahead{{gate.rows + far, up.rows + far, gate.rows + near, up.rows + near, newest, recent}};
-        dots_tiled(Rows<W, 2>{{gate.rows + f * d, up.rows + f * d}}, ahead, x, rows, stride, d,
-                   [&](int m, int64_t n, float value) { (m ? ups : gates)[n] = (m ? up : gate).scaled(value, f); });
-        for (int64_t n = 0; n < rows; ++n) gates[n] = ruled(gates[n], f);
+    const bool pairs = !first && !plain;
+    const W* front[] = {(first ? up : gate).rows, up.rows};
+    const int64_t lead = lookahead_rows<W>(d), group = known ? 1 : pairs ? FRONT / 2 : FRONT;
+    for (int64_t i = 0; i < s.found; i += group) {
+      const int64_t size = std::min(group, s.found - i), last = s.first + s.list[i + size - 1];
+      Rows<W, FRONT> now;
+      Rows<W, FRONT + 2> ahead;
+      float dots[FRONT][MAX_ROWS];  // gates of two neurons and their ups, or of four neurons what is read of them
+      for (int64_t m = 0; !known && m < FRONT; ++m) {
+        const W* matrix = front[m / group];
+        now.row[m] = matrix + s.neuron(std::min(i + m % group, s.found - 1), after, last) * d;
+        ahead.row[m] = matrix + s.neuron(i + m % group + lead, after, last) * d;
       }
-      const float least = ruled.rule == Rule::threshold ? threshold[f] : 0.0f;
-      for (int64_t n = 0; n < rows; ++n) {
-        if (!known && !plain) a[n] = gates[n] * (ruled.rule == Rule::drelu ? std::max(ups[n], 0.0f) : ups[n]);
-        if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
+      for (int m = 0; m < 2; ++m) ahead.row[FRONT + m] = sums.pending(m + 1, front[0] + last * d);
+      if (!known)
+        dots_tiled(now, ahead, x, rows, stride, d, [&](int m, int64_t n, float value) { dots[m][n] = value; });
+      for (int64_t k = 0; k < size; ++k) {
+        const int64_t j = s.list[i + k], f = s.first + j;
+        const float least = ruled.rule == Rule::threshold ? threshold[f] : 0.0f;
+        float a[MAX_ROWS];
+        for (int64_t n = 0; n < rows; ++n) {
+          a[n] = known ? first->row(n)[f] : activation(f, n, dots[k][n], dots[(k + group) % FRONT][n]);
+          if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
+          a[n] = down.scaled(a[n], f);
+        }
+        if (s.mask[j]) sums.push(down.rows + f * d, s.mask[j], a, partial);
       }
-      if (!s.mask[j]) continue;
-      for (int64_t n = 0; n < rows; ++n) a[n] = down.scaled(a[n], f);
-      sums.push(down.rows + f * d, s.mask[j], a, partial);
     }
     s.count(rows, counts + 1, 2);
+  }
+
+  // Of neuron f and row n, by its dot products: with a gate that is known that of up, else gate's and, not of a plain
+  // FFN, up's.
+  float activation(int64_t f, int64_t n, float dot, float other) const {
+    if (plain) return ruled(gate.output(dot, f), f);
+    const float u = up.scaled(first ? dot : other, f), g = first ? first->row(n)[f] : ruled(gate.scaled(dot, f), f);
+    return g * (ruled.rule == Rule::drelu ? std::max(u, 0.0f) : u);
   }
 };
 
@@ -90,7 +94,7 @@ struct Ffn {
 struct FfnArguments {
   const Tensor &gate, &up, &down;
   bool plain;
-  const float *scales, *columns;        // of int8 rows: [3, neurons], of gate, up and down; [d], of down's columns
+  const float *scales, *columns;       // of int8 rows: [matrices, neurons], of down's last; [d], of down's columns
   const float *gate_bias, *down_bias;  // of a plain FFN, [neurons] and [d], or null
   const Tensor& threshold;
   Act act;
@@ -109,7 +113,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   const int64_t rank = lowrank ? predictor[0].size(0) : 0, hidden_stride = padded(rank);
   const int64_t code_bytes = lowbit ? predictor[0].size(1) : 0, planes = planes_of(d, code_bytes);
   const int64_t plane = plane_of(d, planes);
-  const int64_t block = neurons <= 4096 ? BLOCK / 2 : BLOCK;
+  const int64_t block = std::clamp((neurons + 64 * RANGES - 1) / (64 * RANGES) * 64, BLOCK / 4, BLOCK);
   const int64_t ranges = (neurons + block - 1) / block;
   static thread_local std::vector<float> scratch;
   static thread_local std::vector<int32_t> range_counts;
@@ -128,8 +132,8 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   Matrix<W> front = matrix(given.gate, 0);
   front.bias = given.gate_bias;
   Ffn<W> ffn{front,
-             matrix(given.up, 1),
-             matrix(given.down, 2),
+             matrix(given.up, given.plain ? 0 : 1),
+             matrix(given.down, given.plain ? 1 : 2),
              given.plain,
              data<const float>(given.threshold),
              wide,

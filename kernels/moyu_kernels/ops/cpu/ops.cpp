@@ -43,6 +43,18 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
   }
 }
 
+// Returns the dtype that the weights must have.
+ScalarType check_scales(const char* op, const Tensor& weight, const std::optional<Tensor>& scales,
+                        const std::optional<Tensor>& columns, int64_t matrices, const char* names, ScalarType dtype,
+                        int64_t d, int64_t neurons) {
+  REQUIRE(scales.has_value() == columns.has_value() && (scales || weight.scalar_type() != ScalarType::Char), op,
+          ": int8 weights go with scales [", matrices, ", F], of the rows of ", names,
+          ", and columns [D], of down's; pass both, or weights of x's dtype and none");
+  if (scales) check(op, "scales", *scales, {matrices, neurons}, ScalarType::Float);
+  if (columns) check(op, "columns", *columns, {d}, ScalarType::Float);
+  return scales ? ScalarType::Char : dtype;
+}
+
 void check_rule(const char* op, Rule rule, const std::string& name, int64_t keep, const std::vector<Tensor>& predictor,
                 int64_t neurons) {
   REQUIRE(predictor.empty() || !whole_row(rule), op, ": rule '", name,
@@ -63,12 +75,7 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
   const Act activation = parse_act(op, act);
   const Rule kept_by = parse_rule(op, rule);
   check_rule(op, kept_by, rule, keep, predictor, neurons);
-  REQUIRE(scales.has_value() == columns.has_value() && (scales || gate.scalar_type() != ScalarType::Char), op,
-          ": int8 weights go with scales [3, F], of the rows of gate, up and down, and columns [D], of down's; pass both, "
-          "or weights of x's dtype and none");
-  if (scales) check(op, "scales", *scales, {3, neurons}, ScalarType::Float);
-  if (columns) check(op, "columns", *columns, {d}, ScalarType::Float);
-  const ScalarType stored = scales ? ScalarType::Char : dtype;
+  const ScalarType stored = check_scales(op, gate, scales, columns, 3, "gate, up and down", dtype, d, neurons);
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
@@ -89,7 +96,8 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
 
 std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& threshold,
                                      std::string act, const std::vector<Tensor>& predictor, std::string rule,
-                                     int64_t keep, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias) {
+                                     int64_t keep, std::optional<Tensor> up_bias, std::optional<Tensor> down_bias,
+                                     std::optional<Tensor> scales, std::optional<Tensor> columns) {
   const char* op = "plain_ffn";
   check_input(op, x);
   REQUIRE(up.dim() == 2 && up.size(0) >= 1, op, ": up has shape ", shape_of(up), ", expected [F, D]");
@@ -99,12 +107,13 @@ std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Te
   const Rule kept_by = parse_rule(op, rule);
   REQUIRE(kept_by != Rule::drelu, op, ": rule 'drelu' needs a gate, and a plain FFN has none; use another rule");
   check_rule(op, kept_by, rule, keep, predictor, neurons);
+  const ScalarType stored = check_scales(op, up, scales, columns, 2, "up and down", dtype, d, neurons);
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
     using X = decltype(type);
-    check(op, "up", up, {neurons, d}, dtype);
-    check(op, "down", down, {neurons, d}, dtype);
+    check(op, "up", up, {neurons, d}, stored);
+    check(op, "down", down, {neurons, d}, stored);
     if (up_bias) check(op, "up_bias", *up_bias, {neurons}, dtype);
     if (down_bias) check(op, "down_bias", *down_bias, {d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
@@ -117,9 +126,11 @@ std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Te
       return out;
     };
     const float *first = widened(up_bias, biases.data()), *last = widened(down_bias, biases.data() + neurons);
-    run_ffn<X, X>(x,
-                  {up, up, down, true, nullptr, nullptr, first, last, threshold, activation, predictor, kept_by, keep},
-                  y, counts);
+    const float* scale = scales ? data<const float>(*scales) : nullptr;
+    const float* column = columns ? data<const float>(*columns) : nullptr;
+    const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
+    run(x, {up, up, down, true, scale, column, first, last, threshold, activation, predictor, kept_by, keep}, y,
+        counts);
   });
   return {y, counts};
 }
@@ -226,10 +237,9 @@ Tensor read_sum(const Tensor& buffer) {
   std::atomic<uint32_t> total{0};
   for_ranges((size + PART - 1) / PART, [&](int64_t range) {
     VecU32 acc[4] = {};
-    const int32_t *far = p + LOOKAHEAD / 4, *near = p + LOOKAHEAD / 8;
     for (int64_t i = range * PART; i < std::min(size, (range + 1) * PART); i += WIDTH) {
-      fetch_step(Rows<int32_t, 2>{{far, near}}, i);
-      fetch_step(Rows<int32_t, 2>{{far, near}}, i + STEP);
+      fetch_step(Rows<int32_t, 1>{{p + LOOKAHEAD / 4}}, i);
+      fetch_step(Rows<int32_t, 1>{{p + LOOKAHEAD / 4}}, i + STEP);
       for (int k = 0; k < 4; ++k) {
         VecU32 v;
         memcpy(&v, p + i + k * LANES, sizeof v);

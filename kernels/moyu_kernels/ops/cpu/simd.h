@@ -147,9 +147,10 @@ struct Rows {
   const W* row[M];
 };
 
-// Into the second-level cache: fetching into the first one is limited to its few open misses, and is slower here.
+// Into the second-level cache: fetching into the first one is limited to its few open misses, and is slower here. Always
+// inline: gcc (12.2) takes a function that only fetches for one without effects, and leaves calls of it out.
 template <class W, int M>
-inline void fetch_step(const Rows<W, M>& rows, int64_t i) {
+[[gnu::always_inline]] inline void fetch_step(const Rows<W, M>& rows, int64_t i) {
   if (i * static_cast<int64_t>(sizeof(W)) % LINE) return;  // a step of less than a line, in one that is on its way
   for (int m = 0; m < M; ++m)
     for (int64_t byte = 0; byte < STEP * static_cast<int64_t>(sizeof(W)); byte += LINE)
@@ -193,18 +194,25 @@ inline void dots(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t stride,
 template <class W, int M, int A, class Out>
 inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t rows, int64_t stride, int64_t d,
                        Out out) {
+  constexpr int MOST = M < 4 ? 4 : LANES == 16 ? 2 : 1;  // that have registers for their sums
   int64_t row = 0;
-  const auto tile = [&](auto size) {
+  const auto tile = [&](auto size, auto fetched) {
     constexpr int R = decltype(size)::value;
     float values[M][R];
-    dots(w, ahead, x + row * stride, stride, d, values);
+    dots(w, fetched, x + row * stride, stride, d, values);
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) out(m, row + r, values[m][r]);
     row += R;
   };
-  while (rows - row >= 4) tile(std::integral_constant<int, 4>());
-  if (rows - row >= 2) tile(std::integral_constant<int, 2>());
-  if (rows - row >= 1) tile(std::integral_constant<int, 1>());
+  const auto tiles = [&](auto size) {
+    if constexpr (decltype(size)::value <= MOST) {
+      if (row == 0 && rows >= size) tile(size, ahead);
+      while (rows - row >= size) tile(size, Rows<W, 0>());
+    }
+  };
+  tiles(std::integral_constant<int, 4>());
+  tiles(std::integral_constant<int, 2>());
+  tiles(std::integral_constant<int, 1>());
 }
 
 // acc += a[0] * row[0], then a[1] * row[1], and so on: the order is that of one row at a time, whatever M is. Fetches the

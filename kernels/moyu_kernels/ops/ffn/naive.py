@@ -278,15 +278,13 @@ def gated_ffn(
         (by the predictor or mask; without one by the gate, or all F under "threshold" and "topk"), and neurons kept.
     Raises: ValueError for a predictor beside a rule in `WHOLE_ROW`, a `keep` out of range, or int8 without scales.
     """
-    if {scales is None, columns is None} != {gate.dtype != torch.int8}:
-        raise ValueError(f"gate is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do")
+    check_scales("gate", gate, scales, columns, 3)
     check_rule(rule, keep, predictor, len(gate), gated=True)
     g, u = x.float() @ gate.float().T, x.float() @ up.float().T
     if scales is not None:
         g, u = g * scales[0], u * scales[1]
     a, counts = _masked(x, g, u, threshold, act, predictor, rule, keep, None)
-    y = a @ down.float() if scales is None or columns is None else (a * scales[2]) @ down.float() * columns
-    return y.to(x.dtype), counts
+    return _down(a, down, scales, columns).to(x.dtype), counts
 
 
 def plain_ffn(
@@ -300,22 +298,28 @@ def plain_ffn(
     keep: int = 0,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = a @ down + down_bias` with `a = act(x @ up.T + up_bias)`, set to zero where it is not kept.
 
     Rules, predictors and masks are those of `gated_ffn` without its u, so up with its bias stands where the gate does.
     What is dropped adds nothing, whatever its bias.
 
-    Args: as there, but rule one from `PLAIN_RULES`; up_bias `[F]` and down_bias `[D]` of x's dtype.
+    Args: as there, but rule one from `PLAIN_RULES`; up_bias `[F]` and down_bias `[D]` of x's dtype;
+        with int8 weights scales `[2, F]`, of up and down.
     Returns: as there; without a predictor or mask all F neurons are selected, since all up rows are read.
     Raises: ValueError as there, and for the rule "drelu".
     """
+    check_scales("up", up, scales, columns, 2)
     check_rule(rule, keep, predictor, len(up), gated=False)
     u = x.float() @ up.float().T
+    if scales is not None:
+        u = u * scales[0]
     if up_bias is not None:
         u = u + up_bias.float()
     a, counts = _masked(x, u, None, threshold, act, predictor, rule, keep, up_bias)
-    y = a @ down.float()
+    y = _down(a, down, scales, columns)
     return (y if down_bias is None else y + down_bias.float()).to(x.dtype), counts
 
 
@@ -334,6 +338,20 @@ def check_rule(rule: str, keep: int, predictor: list[Tensor], neurons: int, gate
             f"predictor {op_family(predictor)!r} has copies of {'up alone' if gated else 'gate and up'}, and this FFN "
             f"{'has a gate' if gated else 'has no gate'}; pass [] or a predictor that was fitted for it"
         )
+
+
+def check_scales(name: str, weight: Tensor, scales: Tensor | None, columns: Tensor | None, matrices: int) -> None:
+    """Raises: ValueError for int8 weights, of so many matrices, without scales, or scales of others."""
+    if {scales is None, columns is None} != {weight.dtype != torch.int8}:
+        raise ValueError(
+            f"{name} is {weight.dtype}: int8 weights go with scales [{matrices}, F] and columns [D], and no others do"
+        )
+
+
+def _down(a: Tensor, down: Tensor, scales: Tensor | None, columns: Tensor | None) -> Tensor:
+    if scales is None or columns is None:
+        return a @ down.float()
+    return (a * scales[-1]) @ down.float() * columns
 
 
 def _masked(

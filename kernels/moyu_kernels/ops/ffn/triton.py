@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from ..aot import Launch
-from .naive import ACTIVATIONS, GIVEN, PREDICTORS, check_rule, code_bits, op_family, predictor_shapes
+from .naive import ACTIVATIONS, GIVEN, PREDICTORS, check_rule, check_scales, code_bits, op_family, predictor_shapes
 from .triton_kernels import down_kernel, gate_up_kernel
 from .triton_lists import THREADS, Lists, options_of
 from .triton_select import hidden_kernel, round_kernel
@@ -114,7 +114,7 @@ def plan(
         ranking = options_of(target, 128) | {"num_warps": RANKING // target.warp_size}
         held = {"COLUMNS": wide, "HELD": f <= wide}
         launches.append(Launch(least_kernel, (n,), (keys, least, f, keep), held, ranking))
-        ranked = (keys, least, scales, *lists.tensors[:-1], f)
+        ranked = (keys, least, None if scales is None else scales[-1], *lists.tensors[:-1], f)
         launches.append(Launch(list_kernel, (blocks,), ranked, lists.constants, options))
     launch, y, counts = lists.sum_rows(down, down_bias, options, x.dtype, column_scales)
     return [*launches, launch], y, counts
@@ -163,10 +163,7 @@ def _check(
     if any(0 in part.shape for part in predictor):
         raise ValueError(f"predictor has shapes {[list(part.shape) for part in predictor]}: none of them may be empty")
     f, d = gate.shape
-    if first == "gate" and {scales is None, columns is None} != {gate.dtype != torch.int8}:
-        raise ValueError(
-            f"{first} is {gate.dtype}: int8 weights go with scales [3, F] and columns [D], and no others do"
-        )
+    check_scales(first, gate, scales, columns, len(weights))
     held = x.dtype if scales is None else torch.int8
     expected = {
         "x": (x, (x.shape[0], d), x.dtype),
@@ -175,7 +172,7 @@ def _check(
         "threshold": (threshold, (f,), torch.float32),
     }
     if scales is not None and columns is not None:
-        expected |= {"scales": (scales, (3, f), torch.float32), "columns": (columns, (d,), torch.float32)}
+        expected |= {"scales": (scales, (len(weights), f), torch.float32), "columns": (columns, (d,), torch.float32)}
     if predictor:
         needed = predictor_shapes(predictor, d, f)
         expected |= {name: (part, *want) for name, part, want in zip(names, predictor, needed, strict=True)}
@@ -274,16 +271,23 @@ def plain_ffn(
     keep: int = 0,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`naive.plain_ffn` for 1 to 8 rows under the rules "threshold" and "topk"; launches as in `gated_ffn`.
 
-    Args: as there; up_bias `[F]` and down_bias `[D]` of x's dtype. All contiguous, on one device.
+    Args: as there, but scales `[2, F]`; up_bias `[F]` and down_bias `[D]` of x's dtype. All contiguous, on one device.
     Returns: as there.
     """
     biases = {"up_bias": up_bias, "down_bias": down_bias}
-    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases)
-    weights, ranked = ((up,), down, threshold), keep if rule == "topk" else 0
-    return run_on(x, lambda target: plan(x, *weights, act, predictor, target, up_bias, down_bias, ranked))
+    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases, scales, columns)
+    ranked = keep if rule == "topk" else 0
+
+    def planned(target: GPUTarget) -> tuple[list[Launch], Tensor, Tensor]:
+        weights = (up,), down, threshold
+        return plan(x, *weights, act, predictor, target, up_bias, down_bias, ranked, scales, columns)
+
+    return run_on(x, planned)
 
 
 @plain_ffn.register_fake
@@ -298,7 +302,9 @@ def _(
     keep: int = 0,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    scales: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     biases = {"up_bias": up_bias, "down_bias": down_bias}
-    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases)
+    _check(x, {"up": up, "down": down}, threshold, act, predictor, rule, keep, biases, scales, columns)
     return torch.empty_like(x), x.new_empty((x.shape[0], 2), dtype=torch.int32)

@@ -30,7 +30,7 @@ def gate_up_kernel(
     """Selects, computes and thresholds the neurons of one block and lists those that some row keeps.
 
     x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None; scales
-    `[3, F]` fp32 of int8 rows of gate, up and down, or None; threshold `[F]` fp32. Predictor, all None where all
+    fp32 of int8 rows, `[F]` of each matrix, down's last, or None; threshold `[F]` fp32. Predictor, all None where all
     neurons are selected: hidden `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums
     from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), or a quarter of it in `select_lowbit`'s words,
     scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or
@@ -111,7 +111,8 @@ def gate_up_kernel(
                 u = tl.where(row == n, tl.sum(up_acc[n], 1)[:, None], u)
         if scales_ptr is not None:
             g *= tl.load(scales_ptr + neuron, mask=live, other=0.0)[:, None]
-            u *= tl.load(scales_ptr + F + neuron, mask=live, other=0.0)[:, None]
+            if up_ptr is not None:
+                u *= tl.load(scales_ptr + F + neuron, mask=live, other=0.0)[:, None]
         if shift_ptr is not None:
             g += tl.load(shift_ptr + neuron, mask=live, other=0.0).to(tl.float32)[:, None]
         a = activate(g, ACT)
@@ -127,7 +128,8 @@ def gate_up_kernel(
             keep = keep & (tl.abs(a) >= threshold[:, None]) & (a != 0)
         kept += keep.to(tl.int32)
         if scales_ptr is not None and keys_ptr is None:
-            a *= tl.load(scales_ptr + 2 * F + neuron, mask=live, other=0.0)[:, None]
+            last = F if up_ptr is None else 2 * F
+            a *= tl.load(scales_ptr + last + neuron, mask=live, other=0.0)[:, None]
         tl.store(values_ptr + row * F + neuron[:, None], tl.where(keep, a, 0.0), mask=live[:, None] & (row < N))
 
         listed = tl.max(keep.to(tl.int32), 1)

@@ -48,8 +48,8 @@ def list_kernel(
 ):  # fmt: skip
     """Lists the neurons of one block that some row keeps: those with a key of its `least` or more, and not zero.
 
-    values `[N, F]` are set to zero where they are not kept, others times `scales[2]` if there are scales; neurons,
-    lengths and tallies as `gate_up_kernel` leaves them.
+    values `[N, F]` are set to zero where they are not kept, others times scales `[F]` of down's int8 rows, or None;
+    neurons, lengths and tallies as `gate_up_kernel` leaves them.
     """
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
@@ -62,7 +62,7 @@ def list_kernel(
     least = tl.load(least_ptr + row, mask=row < N, other=0)
     keep = inside & (key >= least[:, None]) & (tl.abs(a) > 0)
     if scales_ptr is not None:
-        a *= tl.load(scales_ptr + 2 * F + f, mask=f < F, other=0.0)[None, :]
+        a *= tl.load(scales_ptr + f, mask=f < F, other=0.0)[None, :]
     tl.store(values_ptr + place, tl.where(keep, a, 0.0), mask=inside)
     listed = tl.max(keep.to(tl.int32), 0)
     tl.store(neurons_ptr + block * BLOCK + tl.cumsum(listed, 0) - 1, f.to(tl.int32), mask=listed != 0)
