@@ -41,7 +41,8 @@ def register_attention() -> None:
         extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
         single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
         native = query.device.type == "cpu" and not extras and single and not dropout
-        if not native or key.shape[-1] != value.shape[-1] or not key.is_contiguous():
+        rows = key.shape == value.shape and key.is_contiguous() and value.is_contiguous()
+        if not native or not rows:
             y, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
             return (naive.zero_where_off(y, query.transpose(1, 2)) if off else y), None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -2,7 +2,7 @@
 
 Three things keep it fast to make and to run. Layers that repeat are compiled once. Linear layers that read the same
 input (q, k and v; gate and up) become one call. And once compiled, the graph is called directly, on a GPU as a CUDA
-graph: all its inputs but the token are the model's own tensors, the same in every step.
+graph, on a CPU replayed (replay.py): all its inputs but the token are the model's own tensors, the same in every step.
 """
 
 import logging
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from .replay import replay
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class CompiledStep:
     def __init__(self, forward: Callable[[Any, Any, Tensor], Tensor], model: Any, cache: Any) -> None:
         self._forward, self._model, self._cache = forward, model, cache
         self._graph: Any = None
+        self._code: Any = None
         self._inputs: list[Any] = []
         self._outputs: Sequence[Any] = ()
         self._call: Callable[[Tensor], Tensor] | None = None
@@ -79,19 +82,30 @@ class CompiledStep:
         finally:
             for layer in layers:
                 del layer.forward
-        call = self._direct_call(ids, logits) or partial(compiled, self._model, self._cache)
+        direct = self._direct_call(ids, logits)
         self._inputs, self._outputs = [], ()
+        if direct and not ids.is_cuda:
+            return logits, replay(direct, self._code)
+        call = direct or partial(compiled, self._model, self._cache)
         return logits, _captured(call, ids) if ids.is_cuda else call
 
     def _backend(self, graph: fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
+        from torch._functorch import config as functorch_config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         if _reads_late(graph.graph):
             raise _LateReadError
         for module in graph.modules():
             if isinstance(module, fx.GraphModule):
                 _merge_linears(module)
-        compiled: Any = compile_fx(graph, inputs, config_patches={"size_asserts": False})
+
+        def compile_inner(*args: Any, **named: Any) -> Any:
+            self._code = compile_fx_inner(*args, **named)
+            return self._code
+
+        # A graph from that cache would not pass through `compile_inner`; inductor's own cache stays in use.
+        with functorch_config.patch(enable_autograd_cache=False):
+            compiled: Any = compile_fx(graph, inputs, compile_inner, config_patches={"size_asserts": False})
 
         def first(*args: Any) -> Any:
             outputs = compiled(*args)

@@ -13,7 +13,19 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("ops.cpp", "ffn.h", "gate.h", "down.h", "predict.h", "inputs.h", "heads.h", "dense.h", "common.h", "simd.h")
+SOURCES = (
+    "ops.cpp",
+    "ffn.h",
+    "gate.h",
+    "down.h",
+    "predict.h",
+    "inputs.h",
+    "heads.h",
+    "dense.h",
+    "common.h",
+    "simd.h",
+    "tape.h",
+)
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 MACHINE_FLAGS = ("-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",)
 

@@ -9,6 +9,7 @@
 #include "ffn.h"
 #include "heads.h"
 #include "inputs.h"
+#include "tape.h"
 
 namespace moyu {
 
@@ -42,6 +43,8 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
     }
   }
 }
+
+const float* values_of(const std::optional<Tensor>& t) { return t ? data<const float>(*t) : nullptr; }
 
 // Returns the dtype that the weights must have.
 ScalarType check_scales(const char* op, const Tensor& weight, const std::optional<Tensor>& scales,
@@ -85,11 +88,12 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons, false);
     using X = decltype(type);
-    const float* scale = scales ? data<const float>(*scales) : nullptr;
-    const float* column = columns ? data<const float>(*columns) : nullptr;
     const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
-    run(x, {gate, up, down, false, scale, column, nullptr, nullptr, threshold, activation, predictor, kept_by, keep}, y,
-        counts);
+    perform([=]() mutable {
+      const float *scale = values_of(scales), *column = values_of(columns);
+      run(x, {gate, up, down, false, scale, column, nullptr, nullptr, threshold, activation, predictor, kept_by, keep},
+          y, counts);
+    });
   });
   return {y, counts};
 }
@@ -118,19 +122,20 @@ std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Te
     if (down_bias) check(op, "down_bias", *down_bias, {d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons, true);
-    static thread_local std::vector<float> biases;
-    biases.resize(neurons + d);
-    const auto widened = [](const std::optional<Tensor>& bias, float* out) -> const float* {
-      if (!bias) return nullptr;
-      std::copy_n(data<const X>(*bias), bias->numel(), out);
-      return out;
-    };
-    const float *first = widened(up_bias, biases.data()), *last = widened(down_bias, biases.data() + neurons);
-    const float* scale = scales ? data<const float>(*scales) : nullptr;
-    const float* column = columns ? data<const float>(*columns) : nullptr;
     const auto run = scales ? run_ffn<X, int8_t> : run_ffn<X, X>;
-    run(x, {up, up, down, true, scale, column, first, last, threshold, activation, predictor, kept_by, keep}, y,
-        counts);
+    perform([=]() mutable {
+      const float *scale = values_of(scales), *column = values_of(columns);
+      static thread_local std::vector<float> biases;
+      biases.resize(neurons + d);
+      const auto widened = [](const std::optional<Tensor>& bias, float* out) -> const float* {
+        if (!bias) return nullptr;
+        std::copy_n(data<const X>(*bias), bias->numel(), out);
+        return out;
+      };
+      const float *first = widened(up_bias, biases.data()), *last = widened(down_bias, biases.data() + neurons);
+      run(x, {up, up, down, true, scale, column, first, last, threshold, activation, predictor, kept_by, keep}, y,
+          counts);
+    });
   });
   return {y, counts};
 }
@@ -156,7 +161,7 @@ Tensor linears(const Tensor& x, const std::vector<Tensor>& weights, const std::v
   dispatch(dtype, op, [&](auto type) {
     using X = decltype(type);
     const auto run = scales ? run_linears<X, int8_t> : run_linears<X, X>;
-    run(x, weights, biases, scales ? data<const float>(*scales) : nullptr, y);
+    perform([=]() mutable { run(x, weights, biases, values_of(scales), y); });
   });
   return y;
 }
@@ -178,7 +183,9 @@ std::tuple<Tensor, Tensor> sparse_linear(const Tensor& x, const Tensor& weight, 
   Tensor counts = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Int);
   dispatch(x.scalar_type(), op, [&](auto type) {
     using W = decltype(type);
-    run_sparse_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, data<const float>(threshold), y, counts);
+    perform([=]() mutable {
+      run_sparse_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, data<const float>(threshold), y, counts);
+    });
   });
   return {y, counts};
 }
@@ -201,8 +208,10 @@ Tensor head_linear(const Tensor& x, const Tensor& weight, std::optional<Tensor> 
   Tensor y = torch::stable::new_empty(x, {x.size(0), outputs});
   dispatch(x.scalar_type(), op, [&](auto type) {
     using W = decltype(type);
-    run_head_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, router, data<const float>(scale),
-                       data<const float>(offset), keep, y);
+    perform([=]() mutable {
+      run_head_linear<W>(x, weight, bias ? data<const W>(*bias) : nullptr, router, data<const float>(scale),
+                         data<const float>(offset), keep, y);
+    });
   });
   return y;
 }
@@ -222,7 +231,9 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& m
           op, ": mask is ", dtype_name(mask.scalar_type()), " ", shape_of(mask), ", expected bool [", batch,
           " or 1, 1, 1, ", positions, "], dense in its last dimension");
   Tensor y = torch::stable::new_empty(q, {batch, 1, q.size(1), q.size(3)});
-  dispatch(q.scalar_type(), op, [&](auto type) { run_attend<decltype(type)>(q, k, v, mask, scale, skip_zero, y); });
+  dispatch(q.scalar_type(), op, [&](auto type) {
+    perform([=]() mutable { run_attend<decltype(type)>(q, k, v, mask, scale, skip_zero, y); });
+  });
   return y;
 }
 
