@@ -55,12 +55,14 @@ def test_llamacpp_is_a_row_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.
     assert main(["bench", "model", "--shape", "smollm2-135m", *options]) == 0
     rows = [row for row in json.loads((tmp_path / "rows.json").read_text()) if row["backend"] == "llama.cpp"]
     names = [(row["op"].removeprefix("decode_llamacpp_"), row["threads"]) for row in rows]
-    assert names == [("f16", 1), ("q8_0", 1)]  # threads of llama.cpp spin, which takes for ever on a busy machine
+    # One thread: those of llama.cpp spin, which takes for ever on a busy machine.
+    assert names == [("f16", 1), ("q8_0", 1), ("q4_1", 1)]
     matrices = 2 * (3 * 192 * 64 + 2 * 64 * 64 + 2 * 64 * 32) + 128 * 64
     vectors, cache = 4 * 5 * 64, 2 * 2 * 32 * 128 * 2
     assert rows[0]["bytes"] == 2 * matrices + vectors + cache
     assert rows[1]["bytes"] == matrices * 34 / 32 + vectors + cache
     assert rows[1]["weights_over_dtype"] == pytest.approx(34 / 64)
+    assert rows[2]["weights_over_dtype"] == pytest.approx(20 / 64)
 
 
 def test_forced_tokens_are_those_of_the_model(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""llama.cpp as rows of the benchmark, where llama-cpp-python is installed: the same dense model, in f16 and q8_0."""
+"""llama.cpp as rows of the benchmark, where llama-cpp-python is installed: the same dense model in f16, q8_0, q4_1."""
 
 import importlib.util
 import logging
@@ -15,7 +15,8 @@ from moyu_train.errors import MoyuError
 from moyu_train.models.marker import base_activation
 from moyu_train.progress import console
 
-KINDS = {"llamacpp_f16": 1, "llamacpp_q8_0": 7}  # settings, and `llama_ftype` of llama.cpp's own quantizer
+# Settings, and `llama_ftype` of llama.cpp's own quantizer.
+KINDS = {"llamacpp_f16": 1, "llamacpp_q8_0": 7, "llamacpp_q4_1": 3}
 
 
 class LlamaCpp:
