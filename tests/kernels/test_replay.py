@@ -113,5 +113,14 @@ def test_the_module_is_left_as_it_was() -> None:
         assert not recorder.whole
 
 
+def test_a_kernel_of_another_thread_is_not_recorded() -> None:
+    library = module._library()
+    assert not library.moyu_tape_kernel(None, None, 1)
+    library.moyu_tape_begin()
+    tape = library.moyu_tape_end()
+    assert library.moyu_tape_replay(tape) is None
+    library.moyu_tape_free(tape)
+
+
 def step_zero(*args: int) -> None:
     """A kernel that is no C function."""

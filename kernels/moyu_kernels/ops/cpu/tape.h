@@ -47,9 +47,10 @@ void moyu_tape_begin() { moyu::recording = new moyu::Tape; }
 
 moyu::Tape* moyu_tape_end() { return std::exchange(moyu::recording, nullptr); }
 
-// Notes down a call of a function that takes `count` pointers and returns nothing. Returns whether that can be called.
+// Notes down a call of a function that takes `count` pointers and returns nothing. Returns whether it could: not from a
+// thread that is not recording.
 bool moyu_tape_kernel(void* function, void** pointers, size_t count) {
-  if (count < 1 || count > moyu::MOST_POINTERS) return false;
+  if (!moyu::recording || count < 1 || count > moyu::MOST_POINTERS) return false;
   std::vector<void*> kept(pointers, pointers + count);
   moyu::recording->calls.emplace_back([=] { moyu::call_pointers(function, kept.data(), kept.size()); });
   return true;
