@@ -60,6 +60,9 @@ MODES = {
     "heads": ("8x1", "checkpointing", "ddp-1x4", "zero3"),
     "left": ("8x1",),
 }
+# Under bf16 autocast, where sums of another order round otherwise and thresholds are crossed.
+ROUNDED = ("8x1", "ddp-1x4", "checkpointing", "zero2")
+VARIANTS |= {f"bf16_{variant}": VARIANTS[variant] for variant in ROUNDED}
 VARIANTS |= {f"{mode}_{variant}": VARIANTS[variant] for mode, variants in MODES.items() for variant in variants}
 MUTANTS = ("off", "doubled", "by-world-size", "micro-batch-mean", "labels")
 OWN_STATISTICS = "own-statistics"  # a mutant of the penalties with statistics: each process keeps to its own
@@ -247,6 +250,7 @@ def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradie
         activation_checkpointing=variant == "checkpointing",
         activation_checkpointing_kwargs={"use_reentrant": False} if variant == "checkpointing" else None,
         deepspeed=zero(int(variant[-1])) if variant.startswith("zero") else None,
+        bf16=mode == "bf16",
     )
     gain = 0.2 if mode == "moving" else GAIN
     rule = Threshold(Threshold.Options(gain=gain), [torch.full((96,), THRESHOLD) for _ in range(2)], density=0.5)

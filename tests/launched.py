@@ -32,6 +32,11 @@ def distance(found: Gradients, expected: Gradients) -> float:
     return max(((found[name] - expected[name]).norm() / expected[name].norm()).item() for name in expected)
 
 
+def apart(found: Gradients, expected: Gradients) -> float:
+    """The relative difference of all parameters together."""
+    return (norm({name: found[name] - expected[name] for name in expected}) / norm(expected)).item()
+
+
 class Seen(NamedTuple):
     gradients: Gradients  # of the first step
     weights: Gradients  # after the last, of what trains

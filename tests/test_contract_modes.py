@@ -5,7 +5,7 @@ from collections.abc import Callable
 import contract
 import pytest
 import torch
-from launched import ENGINES, distance, marked, norm, reference
+from launched import ENGINES, apart, distance, marked, norm, reference
 
 VARIANTS = [f"{mode}_{variant}" for mode, variants in contract.MODES.items() for variant in variants]
 WHOLE = ("lora_8x1", "moving_8x1", "predicted_8x1")  # what the others of their mode are compared with
@@ -44,6 +44,31 @@ def test_thresholds_move_alike_on_all_processes(launch: Callable) -> None:
         for name, threshold in launch(f"moving_{variant}").thresholds.items():
             torch.testing.assert_close(threshold, one[name], rtol=1e-5, atol=0)
             assert (threshold / contract.THRESHOLD - 1).abs().min() > 0.05, "it did not move"
+
+
+ROUNDED = [f"bf16_{variant}" for variant in contract.ROUNDED]
+
+
+@pytest.mark.parametrize(
+    "variant", ROUNDED[:2] + [pytest.param(*v.values, marks=[*v.marks, pytest.mark.slow]) for v in marked(ROUNDED[2:])]
+)
+def test_bf16_is_the_same_but_for_rounding(launch: Callable, variant: str) -> None:
+    """Under autocast. DeepSpeed also keeps the weights of the forward pass in bf16, which is coarser."""
+    whole, seen = launch("bf16_8x1"), launch(variant)
+    expected, _ = reference()
+    zero = "zero" in variant
+    assert seen.engine == ENGINES.get(variant.removeprefix("bf16_").split("-")[0], "LlamaForCausalLM")
+    assert 0.01 < apart(seen.gradients, expected) < 0.12
+    assert apart(seen.gradients, whole.gradients) < (0.12 if zero else 0.01)
+    assert distance(seen.weights, whole.weights) < (5e-3 if zero else 1e-3)
+    torch.testing.assert_close(seen.losses, whole.losses, rtol=2e-3 if zero else 1e-3, atol=0)
+
+
+@pytest.mark.parametrize("mutant", [pytest.param(name, marks=pytest.mark.slow) for name in contract.MUTANTS])
+def test_mutants_fail_in_bf16(launch: Callable, mutant: str) -> None:
+    whole, seen = launch("bf16_8x1"), launch("bf16_ddp-1x4", mutant)
+    assert apart(seen.gradients, whole.gradients) > 0.15
+    assert distance(seen.weights, whole.weights) > 3e-3
 
 
 FEW = ("history_consistency",)  # with statistics, and it looks at other text
