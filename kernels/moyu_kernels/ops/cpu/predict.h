@@ -138,7 +138,11 @@ struct LowRank {
 // x rounded to int8, as codes of 2 bits or 1 ask for it, `planes` = 4 or 8 to a byte: column k * bytes + j of a row at
 // k * plane + j.
 struct Rounded {
-  static constexpr int64_t STEP = 32;  // bytes of codes that are multiplied at once
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+  static constexpr int64_t STEP = 64;  // bytes of codes that are multiplied at once
+#else
+  static constexpr int64_t STEP = 32;
+#endif
   const int8_t* values;                // [rows, planes, plane], zero from column D on
   int64_t planes, bytes, plane;
   const float* step;    // [rows]
@@ -174,6 +178,35 @@ inline float round_row(const float* x, int64_t d, int64_t planes, int8_t* out, i
 }
 
 #if defined(__AVX2__)
+inline void store_sums(const __m256i* sums, int32_t* out) {
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+  const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
+}
+#endif
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+// out[m] = sum of code * x over rows codes.row[m] of `bytes` bytes.
+template <int PLANES>
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
+  constexpr int BITS = 8 / PLANES;
+  const __m512i low = _mm512_set1_epi8((1 << BITS) - 1);
+  __m512i sums[4] = {};
+  for (int64_t j = 0; j < bytes; j += Rounded::STEP) {
+    const __mmask64 inside = bytes - j >= 64 ? ~__mmask64(0) : (__mmask64(1) << (bytes - j)) - 1;
+    for (int m = 0; m < 4; ++m) {
+      const __m512i c = _mm512_maskz_loadu_epi8(inside, codes.row[m] + j);
+      for (int k = 0; k < PLANES; ++k)
+        sums[m] = _mm512_dpbusd_epi32(sums[m], _mm512_and_si512(_mm512_srli_epi16(c, k * BITS), low),
+                                      _mm512_loadu_si512(x + k * plane + j));
+    }
+  }
+  __m256i halves[4];
+  for (int m = 0; m < 4; ++m)
+    halves[m] = _mm256_add_epi32(_mm512_castsi512_si256(sums[m]), _mm512_extracti64x4_epi64(sums[m], 1));
+  store_sums(halves, out);
+}
+#elif defined(__AVX2__)
 inline __m256i load_codes(const uint8_t* p, int64_t left) {
   if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if (left == 8) return _mm256_zextsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -194,7 +227,7 @@ inline __m256i add_products(__m256i sum, __m256i codes, const int8_t* x) {
 
 // out[m] = sum of code * x over rows codes.row[m] of `bytes` bytes.
 template <int PLANES>
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t (&out)[4]) {
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
   constexpr int BITS = 8 / PLANES;
   const __m256i low = _mm256_set1_epi8((1 << BITS) - 1);
   __m256i sums[4] = {};
@@ -204,13 +237,11 @@ inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, in
       for (int k = 0; k < PLANES; ++k)
         sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, k * BITS), low), x + k * plane + j);
     }
-  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
-  const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), all);
+  store_sums(sums, out);
 }
 #else
 template <int PLANES>
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t (&out)[4]) {
+inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
   constexpr int BITS = 8 / PLANES;
   for (int m = 0; m < 4; ++m) {
     out[m] = 0;
@@ -233,24 +264,29 @@ struct LowBit {
   // As LowRank::select.
   template <int64_t SIZE>
   void select(int64_t first, int64_t size, int64_t ahead, uint8_t* mask) const {
-    const int64_t end = first + size, top = x.planes == 4 ? 3 : 1;
-    alignas(LINE) float gates[SIZE + 4] = {}, ups[SIZE + 4];
+    const int64_t end = first + size;
+    const int32_t top = x.planes == 4 ? 3 : 1;
+    alignas(LINE) int32_t dots[2][SIZE + 4];
+    alignas(LINE) float gates[SIZE + LANES] = {}, ups[SIZE];
     for (int64_t n = 0; n < rows; ++n) {
-      const auto products = [&](const uint8_t* codes, const float* scale, int64_t f, float* out) {
+      const auto products = [&](const uint8_t* codes, int64_t f, int32_t* out) {
         const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.bytes;
         for (int64_t byte = 0; n == 0 && byte < 4 * x.bytes; byte += LINE) __builtin_prefetch(later + byte, 0, 2);
-        int32_t dots[4];
         const auto rows_of = rows_from<4>(codes, x.bytes, f, end);
-        if (x.planes == 4) code_dots<4>(rows_of, x.row(n), x.bytes, x.plane, dots);
-        else code_dots<8>(rows_of, x.row(n), x.bytes, x.plane, dots);
-        for (int m = 0; m < 4; ++m)
-          out[f - first + m] =
-              static_cast<float>(2 * dots[m] - top * x.sums[n]) * x.step[n] * scale[std::min(f + m, end - 1)];
+        if (x.planes == 4) code_dots<4>(rows_of, x.row(n), x.bytes, x.plane, out + f - first);
+        else code_dots<8>(rows_of, x.row(n), x.bytes, x.plane, out + f - first);
+      };
+      const auto scaled = [&](const int32_t* sums, const float* scale, float* out) {
+        const int32_t offset = top * x.sums[n];
+        for (int64_t j = 0; j < size; ++j)
+          out[j] = static_cast<float>(2 * sums[j] - offset) * x.step[n] * scale[first + j];
       };
       for (int64_t f = first; f < end; f += 4) {
-        products(gate_codes, gate_scale, f, gates);
-        if (up_codes) products(up_codes, up_scale, f, ups);
+        products(gate_codes, f, dots[0]);
+        if (up_codes) products(up_codes, f, dots[1]);
       }
+      scaled(dots[0], gate_scale, gates);
+      if (up_codes) scaled(dots[1], up_scale, ups);
       for (int64_t j = 0; gate_bias && j < size; ++j) gates[j] += gate_bias[first + j];
       gate.all(gates, first, size);
       for (int64_t j = 0; j < size; ++j) {
