@@ -24,7 +24,8 @@ from moyu_train.recipe import Recipe, load_recipe, section_of
 from moyu_train.settings import Method
 
 ROOT = Path(__file__).parent.parent
-DOCS = [path for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+# But not what a run wrote, such as a checkpoint's card.
+DOCS = [path for path in ROOT.rglob("*.md") if not {".venv", "runs"} & set(path.relative_to(ROOT).parts)]
 BLOCKS = [
     (path.relative_to(ROOT).as_posix(), language, block)
     for path in DOCS

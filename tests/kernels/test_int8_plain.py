@@ -103,7 +103,9 @@ def test_block_equals_a_block_on_the_rounded_weights(conv1d: bool, part: int, mo
     assert 0.1 < block.counts[2] / block.counts[0] / 193 < 0.9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "gpt2" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_a_model_decodes_and_saves_what_its_rows_stand_for(checkpoint: Factory, tmp_path: Path, family: str) -> None:
     stock, blocks, field = model_of(family)
     folder = checkpoint(stock, blocks=blocks, field=field, threshold=0.2, family="lowbit_up")

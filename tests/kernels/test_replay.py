@@ -30,7 +30,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("predictor", ["lowbit", "lowrank", None])
+@pytest.mark.parametrize("predictor", ["lowbit", pytest.param(None, marks=pytest.mark.slow)])
 def test_steps_are_replayed_and_equal_eager_ones(
     checkpoint: Factory, replays: list[int], predictor: str | None
 ) -> None:
