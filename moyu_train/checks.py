@@ -72,6 +72,8 @@ def check_model(recipe: Recipe, model: Any) -> None:
         raise MoyuError(short_context(rule.prompt, recipe.bench.contexts))
     if recipe.heads.keep is not None:
         _check_heads(recipe, model)
+    if recipe.finetune.compensation:
+        _check_compensation(recipe.finetune.compensation.rank, cls.name, rule, blocks)
     act = rule.stock_activation or base_activation(model.config)
     if recipe.export.weights == "int8":
         _check_int8(rule, act, blocks)
@@ -79,6 +81,23 @@ def check_model(recipe: Recipe, model: Any) -> None:
         _check_kernels(cls.name, rule, act, blocks)
     if recipe.predictor:
         _check_predictor(recipe, cls.name, rule, blocks)
+
+
+def _check_compensation(rank: int, sparsifier: str, rule: Rule, blocks: list[FFNBlock]) -> None:
+    if rule.keep not in ("threshold", "topk"):
+        raise MoyuError(
+            "finetune.compensation stands for neurons that a threshold or top-k on the activation drops, and "
+            f"sparsifier {sparsifier!r} has none; use 'threshold' or 'topk', or finetune.compensation: null"
+        )
+    for block in blocks:
+        if block.layout == "experts":
+            raise MoyuError(
+                f"finetune.compensation: {block.path} holds experts, which have no place for it; set it to null"
+            )
+        if rank > block.hidden:
+            raise MoyuError(
+                f"finetune.compensation.rank {rank} is above the {block.hidden} inputs of {block.path}; lower it"
+            )
 
 
 def _check_heads(recipe: Recipe, model: Any) -> None:

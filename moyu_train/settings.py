@@ -190,6 +190,13 @@ class Lora(Section):
     )
 
 
+class Compensate(Section):
+    """A low-rank map of each FFN's input in place of what is off: fitted in closed form, then trained."""
+
+    rank: int = Field(64, ge=1, description="of the map; at 64 it is 3 % of the FFN's weights where D is 576")
+    tokens: int = Field(20_480, ge=1, description="of training text to fit it on")
+
+
 class Optimise(Section):
     """Training of the masked model, and, but for the loss, of the dense control."""
 
@@ -221,6 +228,7 @@ class Optimise(Section):
     block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
     lm_weight: float = Field(0.0, ge=0, description="next-token loss")
     lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
+    compensation: Compensate | None = Field(None, description="for rules by threshold or top-k; null for none")
     embeddings: bool = Field(True, description="without lora, train the token embeddings and the output layer too")
 
     @model_validator(mode="after")

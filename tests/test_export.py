@@ -7,7 +7,7 @@ from pathlib import Path
 import moyu_kernels
 import pytest
 import torch
-from moyu_kernels.checkpoint import CheckpointError
+from moyu_kernels.checkpoint import FORMAT_VERSION, CheckpointError
 from moyu_kernels.ops.ffn.int8 import dequantise_rows, quantise_down
 from moyu_kernels.rules import Rule
 from safetensors.torch import load_file, save_file
@@ -145,7 +145,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_int8_weights_are_what_everything_reads(tmp_path: Path) -> None:
     folder = exported(tmp_path / "sparse", weights="int8")
     config = json.loads((folder / "config.json").read_text())
-    assert (config["moyu"]["weights"], config["moyu"]["format_version"]) == ("int8", 6)
+    assert (config["moyu"]["weights"], config["moyu"]["format_version"]) == ("int8", FORMAT_VERSION)
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.gate_proj.weight"
     assert torch.equal(stored[name], tiny_model().state_dict()[name]), "what is stored is not rounded"

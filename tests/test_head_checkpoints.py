@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from moyu_kernels import Runner
-from moyu_kernels.checkpoint import CheckpointError
+from moyu_kernels.checkpoint import FORMAT_VERSION, CheckpointError
 from moyu_kernels.heads import HeadQuery
 from moyu_kernels.modules import set_mode
 from moyu_kernels.rules import Rule
@@ -243,7 +243,7 @@ def test_any_data_in_the_block(tmp_path_factory: pytest.TempPathFactory, key: st
 def test_older_checkpoints_have_no_heads(tmp_path: Path) -> None:
     folder = exported(tmp_path / "sparse")
     config, manifest = (json.loads((folder / name).read_text()) for name in ("config.json", MANIFEST))
-    assert config["moyu"]["format_version"] == manifest["format_version"] == 6
+    assert config["moyu"]["format_version"] == manifest["format_version"] == FORMAT_VERSION
     del config["moyu"]["heads"], manifest["attention_sha256"]
     config["moyu"]["format_version"] = manifest["format_version"] = 4
     (folder / "config.json").write_text(json.dumps(config))

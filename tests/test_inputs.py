@@ -11,7 +11,7 @@ from moyu_kernels.checkpoint import MANIFEST
 from moyu_kernels.inputs import SparseLinear
 from moyu_kernels.modules import set_mode
 from moyu_kernels.rules import Rule
-from tiny import save_tiny, tiny_model, tiny_settings
+from tiny import interrupted_at, save_tiny, tiny_model, tiny_settings
 
 from moyu_train.checkpoints.export import read_inputs
 from moyu_train.data import Documents
@@ -160,31 +160,15 @@ def test_a_delta_keeps_the_rules_of_inputs(tmp_path: Path, centre: str) -> None:
 
 
 def test_training_resumes_with_the_thresholds_of_inputs(tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
-    from moyu_train.training import finetune
-
     settings = settings_in(tmp_path, {"sparsity": 0.4})
     whole = Run(Recipe.model_validate(settings | {"run": str(tmp_path / "whole")}))
     run_stage(whole, "calibrate")
     run_stage(whole, "finetune")
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
     broken = Run(Recipe.model_validate(settings))
     run_stage(broken, "calibrate")
-    stock = finetune.SparsityTrainer.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            finetune.SparsityTrainer,
-            "__init__",
-            lambda self, *a, **k: (stock(self, *a, **k), self.add_callback(Stop()))[0],
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(broken, "finetune")
+    with interrupted_at(5):
+        run_stage(broken, "finetune")
     run_stage(broken, "finetune")
     one, two = (input_rules(r, "finetune") for r in (whole, broken))
     for path, rule in one.items():

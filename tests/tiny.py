@@ -1,8 +1,12 @@
 """Tiny random models of every layout, and a byte-level tokenizer, made in a moment and saved as ordinary folders."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -14,7 +18,10 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
+
+from moyu_train.training import finetune
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCAB = 259
@@ -110,3 +117,24 @@ def tiny_settings(folder: Path, model: Path) -> dict:
         "evaluate": {"window": 64, "kernel_tokens": 32},
         "bench": {"contexts": [8], "new_tokens": 4, "rounds": 5, "compiled": False},
     }
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Training within ends after an optimizer step, as by Ctrl-C."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == step:
+                raise KeyboardInterrupt
+
+    stock = finetune.SparsityTrainer.__init__
+
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self.add_callback(Stop())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.SparsityTrainer, "__init__", begin)
+        with pytest.raises(KeyboardInterrupt):
+            yield

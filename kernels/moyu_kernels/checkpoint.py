@@ -10,9 +10,10 @@ from .heads import HeadRouters
 from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .reading import CheckpointError, inside, read_json
 
-FORMAT_VERSION = 6
-# 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`, 5 `heads`, 6 `centred`.
-READS = (1, 2, 3, 4, 5, 6)
+FORMAT_VERSION = 7
+# 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`, 5 `heads`, 6 `centred`,
+# 7 `compensation`.
+READS = (1, 2, 3, 4, 5, 6, 7)
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
 UNITS = ("head", "group")
 LAYOUTS = ("gated", "fused", "plain", "experts")

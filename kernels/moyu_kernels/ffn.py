@@ -1,7 +1,7 @@
 """Which op computes an FFN block, and the block that runs it, put in the stock one's place."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,16 @@ def install_ffn(model: nn.Module, block: dict[str, Any], ffn: SparseFFN) -> None
 
 def installed_ffn(model: nn.Module, path: str, up: str) -> SparseFFN:
     """The sparse FFN of the block at `path`, whose up projection is the attribute `up`."""
+    ffn = found_ffn(model, path, up)
+    assert ffn is not None
+    return ffn
+
+
+def found_ffn(model: nn.Module, path: str, up: str) -> SparseFFN | None:
+    """As `installed_ffn`; None where the block kept its dense module."""
     module = model.get_submodule(path)
-    return cast(SparseFFN, module if isinstance(module, SparseFFN) else getattr(module, up))
+    places = (module, getattr(module, up, None))
+    return next((place for place in places if isinstance(place, SparseFFN)), None)
 
 
 def _op_on(backend: str, rule: Rule) -> str | None:

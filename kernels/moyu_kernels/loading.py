@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
+from .compensation import ATTRIBUTE, Compensated, Compensation, compensations
 from .dispatch import DISPATCH, start_dispatch
-from .ffn import install_ffn, simulated_because, sparse_ffn
+from .ffn import found_ffn, install_ffn, simulated_because, sparse_ffn
 from .heads import HeadRouters, install_heads
 from .inputs import SparseLinear
 from .modules import resolve_backend
@@ -89,11 +90,16 @@ def _from_pretrained(
         mode = "rule"
     model, marker = _load_stock(folder, settings, dtype, device_map)
     states: list[PromptState] = []
+    added: list[Any] = [None] * len(block_list)
+    if settings.get("compensation"):
+        added = compensations(folder, len(block_list))
     for index, block in enumerate(block_list):
         threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
         predictor = [tensor_of(folder, state, f"blocks.{index}.predictor.{name}") for name in names]
         rule = Rule(threshold, **settings.get("formula", {}))
         watching = _install(folder, model, block, settings["activation"], rule, predictor, mode, backend, weights)
+        if added[index] is not None:
+            _compensate(model, block, added[index], mode)
         states += [watching] if watching else []
     if states:
         watch_sequences(model, states)
@@ -179,6 +185,19 @@ def _install(
     state = PromptState(rule.prompt) if rule.prompt else None
     simulate(module, names, layout, rule, masked=True, state=state)
     return state
+
+
+def _compensate(model: Any, block: dict[str, Any], compensation: Compensation, mode: str) -> None:
+    """Put a compensation on the block, by its sparse module or, under a simulated rule, beside it."""
+    module: Any = model.get_submodule(block["path"])
+    ffn = found_ffn(model, block["path"], block["up"])
+    device = ffn.threshold.device if ffn else next(module.parameters()).device  # int8 rows are no parameters
+    compensation = compensation.to(device, model.dtype)
+    if ffn:
+        ffn.compensation = compensation
+    elif mode != "dense":
+        setattr(module, ATTRIBUTE, compensation)
+        Compensated(module, block["gate"] or block["up"], block["down"])
 
 
 def _install_inputs(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from .compensation import Compensation
 from .ops import cpu
 from .ops.ffn import naive
 
@@ -99,6 +100,7 @@ class SparseFFN(SparseModule):
     """
 
     gated: ClassVar[bool]
+    compensation: Compensation | None  # added in all modes but "dense"
     threshold: Tensor
     no_threshold: Tensor
 
@@ -115,6 +117,7 @@ class SparseFFN(SparseModule):
     ) -> None:
         super().__init__()
         self.act, self.rule, self.keep = act, rule, keep
+        self.compensation = None
         self.neurons, self.hidden = self._shape(projections)
         self._predictor = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
         self._check(threshold, predictor)
@@ -210,6 +213,13 @@ class SparseFFN(SparseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., D]`; returns the same shape and dtype."""
+        y = self._masked(x)
+        if self.compensation is None or self.mode == "dense":
+            return y
+        return y + self.compensation(x, dense_linear if self.backend == "cpu" else functional.linear)
+
+    def _masked(self, x: Tensor) -> Tensor:
+        """Of x `[..., D]`, what the neurons in use make of it."""
         rows = x.numel() // self.hidden
         rule, threshold = self._rule()
         if rows > MAX_ROWS:

@@ -74,6 +74,8 @@ def _unsupported(settings: dict[str, Any], config: Any) -> str:
         return f"its FFN weights are {settings['weights']!r}, for which vLLM has no FFN"
     if (settings.get("inputs") or {}).get("paths"):
         return "it has sparse inputs, and vLLM fuses the layers that take them"
+    if settings.get("compensation"):
+        return "it has a compensation for the neurons that are off, for which vLLM has no place"
     if formula.get("prompt"):
         return "its masks come from the prompt, and vLLM's blocks see tokens of many sequences at once"
     if any(block["layout"] == "experts" for block in settings["blocks"]):

@@ -15,6 +15,7 @@ from moyu_train.checkpoints.export import check_whole, read_inputs, read_state, 
 from moyu_train.checkpoints.verify import TOLERANCE, stock_gap
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
+from moyu_train.models.compensation import taken_off
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.marker import clear_marker
 
@@ -47,7 +48,8 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     model.config.architectures = [type(model).__name__]
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(temporary)
+        with taken_off(model):
+            model.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
         ids = torch.randint(
             model.config.get_text_config().vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)

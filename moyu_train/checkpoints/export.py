@@ -17,6 +17,7 @@ from torch import Tensor
 from moyu_train.errors import MoyuError
 from moyu_train.files import read_json, read_tensors, reading, sha256, write_json
 from moyu_train.models.blocks import describe_blocks, ffn_sha256, find_blocks
+from moyu_train.models.compensation import compensation_rank, save, taken_off
 from moyu_train.models.heads import attention_sha256
 from moyu_train.models.marker import activation_field, base_activation, clear_marker, set_activation, set_marker
 from moyu_train.models.state import (
@@ -75,11 +76,13 @@ def export(
     clear_marker(config)
     # Where stock code computes this very function, it may; routers, as predictors, are no part of it.
     known = None if inputs or weights == "int8" else rules[0].stock_activation
-    digest, of_heads = ffn_sha256(model), _describe_heads(model, heads)
+    digest, of_heads, rank = ffn_sha256(model), _describe_heads(model, heads), compensation_rank(model)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        with taken_off(model) as compensations:
+            model.save_pretrained(temporary)
+            save(temporary, compensations)
         tokenizer.save_pretrained(temporary)
         if known:
             set_activation(config, known)
@@ -99,10 +102,11 @@ def export(
             "inputs": {"formula": inputs[paths[0]].describe(), "centred": centred, "paths": paths} if inputs else None,
             "predictor": {"family": family, "ffn_sha256": digest, **(recorded or {})} if predictors else None,
             "heads": of_heads,
+            "compensation": {"rank": rank} if rank else None,
         }
         describe_blocks(config, described)
         config.save_pretrained(temporary)
-        (temporary / "moyu").mkdir()
+        (temporary / "moyu").mkdir(exist_ok=True)
         save_file(tensors, temporary / STATE)
         write_manifest(temporary, digest, of_heads["attention_sha256"] if of_heads else None)
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from moyu_train.checkpoints.export import check_whole, read_state
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import LLAMA_LAYERS, find_blocks
+from moyu_train.models.compensation import compensation_rank
 from moyu_train.models.loading import load_dense
 
 THRESHOLD = 1e-30  # PowerInfer takes scores from it on, we those above 0; it is 0 where no unit of the ReLU fires
@@ -41,6 +42,10 @@ def matrices(folder: Path, model: Any) -> list[tuple[Tensor, Tensor]]:
     Raises: MoyuError for an architecture whose FFN input is not known, a family that is not of two matrices, biases,
         and cuts that are not 0.
     """
+    if compensation_rank(model):
+        raise MoyuError(
+            f"{str(folder)!r} has compensations, and PowerInfer has no place for them: use finetune.compensation: null"
+        )
     _, predictors = read_state(folder)
     if not predictors:
         raise MoyuError(f"{str(folder)!r} has no predictors, and PowerInfer computes no FFN without; fit some: {FIT}")

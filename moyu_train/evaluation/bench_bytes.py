@@ -40,6 +40,7 @@ def ffn_read(model: Any, blocks: list[FFNBlock]) -> tuple[float, float]:
         gates = gates if module.gated else 0
         read += row_bytes(block, itemsize) * (gates + selected + kept) / tokens
         read += stored_size([module.threshold, *module.predictor]) + scale_bytes(block, itemsize)
+        read += stored_size(list(module.compensation.parameters())) if module.compensation else 0
         dense += ffn_bytes(block, itemsize)
     return read, dense
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from moyu_train.analysis.uplift import largest
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, scale_bytes
+from moyu_train.models.compensation import compensation_bytes
 from moyu_train.models.masking import InputMasks, Masking
 from moyu_train.models.state import stored_bytes
 
@@ -67,8 +68,9 @@ def bytes_skipped(
     """Share of the FFN weight bytes that a decode step does not read, at the batch that was counted.
 
     Read are: up rows of selected neurons, gate rows of the same or, without a predictor, of all, down rows of kept
-    ones, all of the predictor, all thresholds, and of int8 rows (`itemsize` 1) all scales. A plain block has no gate:
-    without a predictor it reads all up rows. A mask from the prompt selects as a predictor of one byte a neuron does.
+    ones, all of the predictor and compensation, all thresholds, and of int8 rows (`itemsize` 1) all scales. A plain
+    block has no gate: without a predictor it reads all up rows. A mask from the prompt selects as a predictor of one
+    byte a neuron does.
 
     Raises: MoyuError where no decode step was counted.
     """
@@ -86,7 +88,7 @@ def bytes_skipped(
         read += row * (gates + selected + counts.kept_rows[layer].item()) / steps
         read += 4 * block.neurons + (stored_bytes(predictors[layer]) if predictors else 0)
         read += block.neurons if from_prompt else 0
-        read += scale_bytes(block, itemsize)
+        read += scale_bytes(block, itemsize) + compensation_bytes(block, itemsize)
         dense += ffn_bytes(block, itemsize)
     return 1 - read / dense
 

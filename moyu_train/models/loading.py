@@ -18,6 +18,7 @@ from moyu_kernels.reading import MALFORMED
 from moyu_train.errors import MoyuError
 from moyu_train.files import sha256, write_json
 from moyu_train.models.blocks import describe_blocks
+from moyu_train.models.compensation import attach_stored
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.marker import clear_marker, marked_rule, set_marker
 
@@ -149,6 +150,7 @@ def load_dense(
     moyu = getattr(config, "moyu", None) or {}
     if moyu.get("weights") == "int8":
         round_ffn(model).config.moyu = {**moyu, "weights": "stored"}
+    attach_stored(model, Path(path))
     return model.to(_with_room(model) if device is None else device)
 
 

@@ -1,9 +1,11 @@
 """Masks on a live model, put on at the seam: the value a block hands to whatever stands at its down projection."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
+from moyu_kernels.compensation import ATTRIBUTE, Compensated
 from moyu_kernels.ops.ffn.naive import predictor_scores
 from moyu_kernels.rules import Rule, Substitution
 from moyu_kernels.seam import ExpertsSeam, Seam
@@ -18,6 +20,8 @@ Keep = Callable[[int, Tensor, int | None], Tensor | None]
 
 class Masking:
     """Sets the activations that `keep` rejects to zero, in every block, until `remove` (or the end of a `with`).
+
+    A block that has a compensation adds it wherever something is masked.
 
     Args:
         blocks: from `find_blocks`.
@@ -45,7 +49,8 @@ class Masking:
                 "the FFN blocks of this model share one activation module, so a rule on the gate cannot tell them "
                 "apart; use the sparsifier 'threshold' or 'topk'"
             )
-        self._seams: list[Seam | ExpertsSeam | Substitution] = []
+        self._seams: list[Seam | ExpertsSeam | Substitution | Compensated] = []
+        self._masked = [False] * len(blocks)  # in the forward under way
         for layer, block in enumerate(blocks):
             if inputs:
                 self._seams.append(Seam(block.module, block.up, self._recorder(layer)))
@@ -57,6 +62,9 @@ class Masking:
                 self._seams.append(ExpertsSeam(block.module, self._expert_mask(layer, keep)))
             else:
                 self._seams.append(Seam(block.module, block.down, self._mask(layer, keep)))
+            if block.layout != "linear" and hasattr(block.module, ATTRIBUTE):
+                front, on = block.gate or block.up, partial(self._masked.__getitem__, layer)
+                self._seams.append(Compensated(block.module, front, block.down, on))
 
     def input(self, layer: int) -> Tensor:
         return self._inputs[layer]
@@ -97,7 +105,9 @@ class Masking:
                     f"sequences in one row ({list(a.shape)}); use another sparsifier"
                 )
             fill = self._rules[layer].fill(a) if self._rules else 0.0
-            return masked(a, keep(layer, a, None), self._straight_through, fill)
+            kept = keep(layer, a, None)
+            self._masked[layer] = kept is not None
+            return masked(a, kept, self._straight_through, fill)
 
         return mask
 

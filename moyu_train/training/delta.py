@@ -86,11 +86,11 @@ def load_delta(model: Any, ffn: str, trained: dict[str, Any], folder: Path) -> t
     if manifest["trained"] != trained:
         raise MoyuError(
             f"delta {str(folder)!r} was trained under {manifest['trained']}, and the recipe asks for {trained}; set "
-            "sparsifier, target_sparsity and finetune.lora.quantise to the delta's"
+            "sparsifier, target_sparsity, finetune.lora.quantise and finetune.compensation to the delta's"
         )
     config, state = read_json(folder / CONFIG), read_tensors(folder / STATE)
     tensors = {name: tensor.float() for name, tensor in read_tensors(folder / WEIGHTS).items()}
-    names = ("r", "lora_alpha", "target_modules")
+    names = ("r", "lora_alpha", "target_modules", "modules_to_save")
     with reading(folder):
         adapted = get_peft_model(model, LoraConfig(**{name: config[name] for name in names}))
         try:

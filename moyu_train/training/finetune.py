@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import ffn_sha256
+from moyu_train.models.compensation import attach_empty, compensation_rank, save, taken_off
 from moyu_train.models.loading import check_memory, skeleton
 from moyu_train.models.marker import marked_rule, set_marker
 from moyu_train.models.state import thresholds_from_tensors
@@ -28,6 +29,7 @@ from moyu_train.recipe import SHARED, Recipe
 from moyu_train.registry import resolve
 from moyu_train.settings import Optimise
 from moyu_train.sparsifiers import SPARSIFIERS
+from moyu_train.training.compensate import fit_compensations
 from moyu_train.training.control import SparsityControl
 from moyu_train.training.delta import load_delta, round_delta, save_delta
 from moyu_train.training.head_control import HeadControl
@@ -121,6 +123,9 @@ def train(
     ffn = ffn_sha256(model) if settings.lora else ""
     if not settings.embeddings:
         freeze_embeddings(model)
+    if sparsity and settings.compensation:
+        sparsity.counting = False
+        fit_compensations(model, windows, settings.compensation)
     adapted = adapt(model, settings.lora) if settings.lora else model
     if distils and settings.parent == SHARED:
         parent = SharedParent(adapted, [control for control in (sparsity, inputs, heads) if control])
@@ -181,6 +186,8 @@ def _like(run: "Run", model: Any, settings: Optimise) -> Any:
     rule = marked_rule(model.config)
     if rule:
         set_marker(fresh.config, rule)
+    if rank := compensation_rank(model):
+        attach_empty(fresh, rank)
     return adapt(fresh, settings.lora) if settings.lora else fresh
 
 
@@ -191,6 +198,8 @@ def _trained_under(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"sparsifier": rule, "target_sparsity": recipe.target_sparsity}
     if recipe.finetune.lora and recipe.finetune.lora.quantise:
         found["quantise"] = recipe.finetune.lora.quantise
+    if recipe.finetune.compensation:
+        found["compensation"] = recipe.finetune.compensation.rank
     if recipe.heads.train:
         found["heads"] = recipe.heads.model_dump(mode="json", include={"keep", "unit", "dense_layers"})
     return found | ({"inputs": recipe.inputs.model_dump(mode="json")} if recipe.inputs else {})
@@ -270,7 +279,9 @@ def finetune(run: "Run", folder: Path) -> dict[str, Any]:
     if PartialState().is_main_process:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
         write(folder, sparsity.sparsifier.thresholds, predictors)
-        model.save_pretrained(folder / "model")
+        with taken_off(model) as compensations:
+            model.save_pretrained(folder / "model")
+            save(folder / "model", compensations)
         run.tokenizer.save_pretrained(folder / "model")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     figures = {
@@ -291,6 +302,8 @@ def _rebuild(
     run: "Run", folder: Path, model: Any, sparsity: SparsityControl, inputs: InputControl | None
 ) -> tuple[Any, int, dict[str, float]]:
     """The fine-tuned model from a delta, and the tokens of its training; the rules get the delta's thresholds."""
+    if run.recipe.finetune.compensation:
+        attach_empty(model, run.recipe.finetune.compensation.rank)
     adapted, state, tokens = load_delta(model, ffn_sha256(model), _trained_under(run.recipe), folder)
     sparsity.sparsifier.thresholds = thresholds_from_tensors(state)
     if inputs:

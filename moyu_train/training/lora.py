@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from moyu_kernels.compensation import ATTRIBUTE
 from torch import Tensor, nn
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.compensation import compensation_rank
 from moyu_train.settings import Lora
 from moyu_train.training.anchor import first_tensor
 from moyu_train.training.control import SparsityControl
@@ -23,7 +25,9 @@ BLOCK = 64  # 4-bit weights with one scale
 
 
 def adapt(model: Any, settings: Lora) -> Any:
-    """The model with low-rank deltas on its targets, all else frozen. The masks act as before, on what peft wraps.
+    """The model with low-rank deltas on its targets, all else but compensations frozen.
+
+    The masks act as before, on what peft wraps.
 
     Raises: MoyuError where no module matches the targets.
     """
@@ -31,7 +35,11 @@ def adapt(model: Any, settings: Lora) -> Any:
 
     targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        modules_to_save=[ATTRIBUTE] if compensation_rank(model) else None,
     )
     try:
         adapted = get_peft_model(model, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels import SparseFFN, SparseGatedFFN, density_drift, from_pretrained
-from moyu_kernels.checkpoint import CheckpointError
+from moyu_kernels.checkpoint import FORMAT_VERSION, CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
 from predictors import FAMILIES
@@ -159,13 +159,13 @@ def test_unknown_predictor_family(checkpoint: Factory) -> None:
 
 def test_other_format_version(checkpoint: Factory) -> None:
     folder = checkpoint()
-    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=7))
-    with pytest.raises(CheckpointError, match="format version 7"):
+    rewrite(folder / "moyu/manifest.json", lambda data: data.update(format_version=FORMAT_VERSION + 1))
+    with pytest.raises(CheckpointError, match=f"format version {FORMAT_VERSION + 1}"):
         from_pretrained(folder)
     reseal(folder)
-    rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=8))
+    rewrite(folder / "config.json", lambda data: data["moyu"].update(format_version=FORMAT_VERSION + 2))
     reseal(folder)
-    with pytest.raises(CheckpointError, match="format version 8"):
+    with pytest.raises(CheckpointError, match=f"format version {FORMAT_VERSION + 2}"):
         from_pretrained(folder)
 
 
