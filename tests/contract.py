@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from moyu_kernels.compensation import Compensation
 from moyu_kernels.heads import HeadRouters
 from safetensors.torch import save_file
 from tiny import tiny_model, with_deltas
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
+from moyu_train.models.blocks import find_blocks
+from moyu_train.models.compensation import attach
 from moyu_train.penalties import PENALTIES
 from moyu_train.penalties.base import Penalty
 from moyu_train.registry import resolve
@@ -52,12 +55,14 @@ VARIANTS = {  # processes, sequences per process and micro-batch, micro-batches 
     "zero3": (2, 2, 2),
     "fsdp2": (2, 4, 1),
 }
-# The same with more at work: adapters alone train, thresholds move, predictors select, heads are off, padding is left.
+# The same with more at work: adapters alone train, thresholds move, predictors select, heads are off, something stands
+# for the neurons that are, padding is left.
 MODES = {
     "lora": ("8x1", "ddp-1x4", "zero3"),
     "moving": ("8x1", "ddp-1x4"),
     "predicted": ("8x1", "ddp-1x4"),
     "heads": ("8x1", "checkpointing", "ddp-1x4", "zero3"),
+    "compensated": ("8x1", "checkpointing", "zero3"),
     "left": ("8x1",),
 }
 # Under bf16 autocast, where sums of another order round otherwise and thresholds are crossed.
@@ -227,6 +232,13 @@ def routers() -> HeadRouters:
     return HeadRouters("head", 2, "o_proj", by_path)
 
 
+def compensations() -> list[Compensation]:
+    """Random ones of rank 4, one a layer."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ((4, 32), (32, 4), (32,))
+    return [Compensation(*(0.2 * torch.randn(shape, generator=generator) for shape in shapes)) for _ in range(2)]
+
+
 def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradients]:
     _, batch, accumulation = VARIANTS[variant]
     mode, _, variant = variant.rpartition("_")
@@ -260,6 +272,8 @@ def make(variant: str, folder: Path, name: str) -> tuple[SparsityTrainer, Gradie
     sparsity = SparsityControl(model, rule, 0.5, predictors=selected, penalty=penalty)
     if mode == "heads":
         HeadControl(model, routers())
+    if mode == "compensated":
+        attach(find_blocks(model), compensations())
     trainer = SparsityTrainer(
         model=adapted(model) if mode == "lora" else model,
         args=arguments,

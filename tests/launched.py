@@ -90,6 +90,9 @@ def reference(mode: str = "") -> tuple[Gradients, Gradients]:
 
     for layer, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda _, args, layer=layer: inputs.update({layer: args[0].detach()}))
+        if mode == "compensated":
+            block.compensation = contract.compensations()[layer]
+            block.register_forward_hook(compensate)
         Seam(block, "down_proj", partial(mask, layer))
     if mode == "heads":
         for layer, router in zip(model.model.layers, contract.routers().routers.values(), strict=True):
@@ -113,6 +116,11 @@ def reference(mode: str = "") -> tuple[Gradients, Gradients]:
     both = torch.autograd.grad(loss / scored + penalty, parameters)
     zeros = [torch.zeros_like(p) if g is None else g for g, p in zip(alone, parameters, strict=True)]
     return dict(zip(names, both, strict=True)), dict(zip(names, zeros, strict=True))
+
+
+def compensate(block: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+    c = block.compensation
+    return output + args[0] @ c.a.T @ c.b.T + c.bias
 
 
 def mask_heads(attention: Any, router: Mapping[str, Tensor]) -> None:

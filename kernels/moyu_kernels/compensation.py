@@ -41,10 +41,11 @@ class Compensation(nn.Module):
 
 
 class Compensated:
-    """Adds the compensation of a live block to what its down projection gives, until `remove`.
+    """Adds the compensation of a live block, where it has one, to what its down projection gives, until `remove`.
 
-    Args: block: with a `compensation`, read on every call, so that peft may wrap it; front: name of the projection that
-        takes the FFN's input; down: name of the down projection; on: whether it is added in the call under way.
+    Args: block: whose `compensation` is looked for on every call, so that it may come later, and peft may wrap it;
+        front: name of the projection that takes the FFN's input; down: name of the down projection; on: whether it is
+        added in the call under way.
     """
 
     def __init__(self, block: nn.Module, front: str, down: str, on: Callable[[], bool] = lambda: True) -> None:
@@ -55,8 +56,8 @@ class Compensated:
             return x
 
         def add(_: tuple[Any, ...], y: Tensor) -> Tensor:
-            x = self._inputs.pop()
-            return y + getattr(block, ATTRIBUTE)(x) if on() else y
+            x, compensation = self._inputs.pop(), getattr(block, ATTRIBUTE, None)
+            return y if compensation is None or not on() else y + compensation(x)
 
         self._seams = [Seam(block, front, record), Seam(block, down, output=add)]
 

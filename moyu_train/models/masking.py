@@ -5,7 +5,7 @@ from functools import partial
 from typing import Self
 
 import torch
-from moyu_kernels.compensation import ATTRIBUTE, Compensated
+from moyu_kernels.compensation import Compensated
 from moyu_kernels.ops.ffn.naive import predictor_scores
 from moyu_kernels.rules import Rule, Substitution
 from moyu_kernels.seam import ExpertsSeam, Seam
@@ -62,7 +62,7 @@ class Masking:
                 self._seams.append(ExpertsSeam(block.module, self._expert_mask(layer, keep)))
             else:
                 self._seams.append(Seam(block.module, block.down, self._mask(layer, keep)))
-            if block.layout != "linear" and hasattr(block.module, ATTRIBUTE):
+            if block.layout not in ("linear", "experts"):
                 front, on = block.gate or block.up, partial(self._masked.__getitem__, layer)
                 self._seams.append(Compensated(block.module, front, block.down, on))
 
