@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import ffn_sha256
@@ -126,6 +126,7 @@ def train(
     if sparsity and settings.compensation:
         sparsity.counting = False
         fit_compensations(model, windows, settings.compensation)
+    set_seed(run.recipe.seed)  # for LoRA's random matrices: the Trainer sets it after them
     adapted = adapt(model, settings.lora) if settings.lora else model
     if distils and settings.parent == SHARED:
         parent = SharedParent(adapted, [control for control in (sparsity, inputs, heads) if control])
