@@ -19,7 +19,7 @@ test-slow: install demo-model  ## the full matrices
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto
 
 test-gpu: install  ## the Triton ops, and the whole path on tiny models, on a GPU (a CUDA build of torch in the venv)
-	MOYU_TEST_GPU=1 $(BIN)/python -m pytest -q -n 8 -k "not under_the_interpreter" \
+	MOYU_TEST_GPU=1 $(BIN)/python -m pytest -q -n 8 -m "" -k "not under_the_interpreter" \
 		tests/test_on_gpu.py tests/kernels/test_models_on_gpu.py tests/kernels/test_triton_*.py
 
 lint:

@@ -137,8 +137,12 @@ def mask_heads(attention: Any, router: Mapping[str, Tensor]) -> None:
     )
 
 
+SLOW = ("heads_ddp-1x4", "compensated_checkpointing")  # what they would show, others of their mode mostly show too
+
+
 def marked(variants: list[str]) -> list:
     """As parameters, those of DeepSpeed skipped where it is not installed."""
     missing = importlib.util.find_spec("deepspeed") is None
     skip = pytest.mark.skipif(missing, reason="deepspeed is not installed")
-    return [pytest.param(variant, marks=skip if "zero" in variant else ()) for variant in variants]
+    marks = {variant: [skip] * ("zero" in variant) + [pytest.mark.slow] * (variant in SLOW) for variant in variants}
+    return [pytest.param(variant, marks=marks[variant]) for variant in variants]

@@ -98,9 +98,7 @@ def test_it_is_added_only_where_something_is_masked() -> None:
     assert compensation_bytes(blocks[0], 2) == 2 * (32 + 32 + 32)
 
 
-@pytest.mark.parametrize(
-    ("family", "lora"), [("llama", None), ("llama", LORA), ("phi3", None), ("gpt2", LORA), ("opt", None)]
-)
+@pytest.mark.parametrize(("family", "lora"), [("llama", LORA), ("phi3", None), ("gpt2", LORA), ("opt", None)])
 def test_from_training_to_the_kernels(tmp_path: Path, family: str, lora: dict[str, int] | None) -> None:
     settings = settings_in(tmp_path, family, lora=lora)
     settings |= {"target_sparsity": 0.8, "export": {"dtype": "float32"}}

@@ -25,11 +25,11 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU ten
 RTOL = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
-def run_interpreted(file: str) -> None:
-    """Runs a file's tests in a process with the interpreter."""
+def run_interpreted(file: str, marked: str = "not slow") -> None:
+    """Runs a file's tests of a mark in a process with the interpreter."""
     if INTERPRETED:
         pytest.skip("this is the process with the interpreter")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, file]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 

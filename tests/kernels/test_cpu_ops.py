@@ -301,7 +301,9 @@ for dtype in tests.DTYPES:
 """
 
 
-@pytest.mark.parametrize("flags", [("-mavx2", "-mfma", "-mf16c"), ()], ids=["avx2", "plain"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param(("-mavx2", "-mfma", "-mf16c"), marks=pytest.mark.slow), ()], ids=["avx2", "plain"]
+)
 def test_other_instruction_sets(flags: tuple[str, ...], tmp_path: Path) -> None:
     process = run_python(COMPARE.replace("GIVEN", repr(flags)), MOYU_CACHE=str(tmp_path))
     assert process.communicate()[1] == ""

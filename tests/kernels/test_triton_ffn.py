@@ -77,12 +77,26 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
+def test_the_rest_under_the_interpreter() -> None:
+    run_interpreted(__file__, "slow")
+
+
 @computed
 @pytest.mark.parametrize(
-    ("n", "dtype"),
-    [(1, torch.bfloat16), (3, torch.bfloat16), (3, torch.float16), (3, torch.float32), (8, torch.float32)],
+    ("family", "n", "dtype"),
+    [
+        pytest.param(family, n, dtype, marks=[pytest.mark.slow] if (family, n) == ("onebit", 8) else [])
+        for family in KINDS
+        for n, dtype in (
+            (1, torch.bfloat16),
+            (3, torch.bfloat16),
+            (3, torch.float16),
+            (3, torch.float32),
+            (8, torch.float32),
+        )
+    ],
 )
-@pytest.mark.parametrize("family", KINDS)
 def test_predicted(family: str, n: int, dtype: torch.dtype) -> None:
     args = make(n, dtype=dtype, family=family)
     selected, kept = masks(args)

@@ -38,9 +38,20 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
+def test_the_rest_under_the_interpreter() -> None:
+    run_interpreted(__file__, "slow")
+
+
 @computed
-@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
-@pytest.mark.parametrize("sizes", [(65, 193, 17), (600, 40, 8), (3, 5, 1)])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "sizes"),
+    [
+        pytest.param(rows, dtype, sizes, marks=[pytest.mark.slow] if rows == 8 and sizes[0] > 3 else [])
+        for rows, dtype in ((1, torch.bfloat16), (3, torch.float16), (8, torch.float32))
+        for sizes in ((65, 193, 17), (600, 40, 8), (3, 5, 1))
+    ],
+)
 def test_equals_naive(rows: int, dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
     known = [case for case in cases(rows, dtype, sizes) if case[7] in ("threshold", "topk")]
     assert len(known) == 2 + len(KINDS)
@@ -62,7 +73,9 @@ def test_down_rows_of_zeros_count_as_kept() -> None:
 
 
 @computed
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "onebit" else []) for kind in KINDS]
+)
 def test_a_row_is_that_of_its_batch_of_one_and_calls_repeat(kind: str) -> None:
     rule = "topk" if kind == KINDS[0] else "threshold"
     for arguments in (

@@ -31,9 +31,20 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
+@pytest.mark.slow
+def test_the_rest_under_the_interpreter() -> None:
+    run_interpreted(__file__, "slow")
+
+
 @computed
-@pytest.mark.parametrize(("n", "dtype"), [(1, torch.bfloat16), (3, torch.float16), (8, torch.float32)])
-@pytest.mark.parametrize("family", [None, *PLAIN_KINDS, "given"])
+@pytest.mark.parametrize(
+    ("family", "n", "dtype"),
+    [
+        pytest.param(family, n, dtype, marks=[pytest.mark.slow] if n == 8 and family in PLAIN_KINDS else [])
+        for family in (None, *PLAIN_KINDS, "given")
+        for n, dtype in ((1, torch.bfloat16), (3, torch.float16), (8, torch.float32))
+    ],
+)
 def test_equals_naive(family: str | None, n: int, dtype: torch.dtype) -> None:
     _, counts = check(plain_arguments(n, dtype, family=family, biases=n != 3))
     assert 0 < counts[:, 1].sum() < counts[:, 0].sum()
