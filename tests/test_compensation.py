@@ -17,6 +17,7 @@ from torch import Tensor
 from moyu_train.checkpoints.dense import export_dense
 from moyu_train.checkpoints.export import read_rules
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.bench_bytes import bytes_per_token
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.models.blocks import find_blocks
 from moyu_train.models.compensation import attach, compensation_bytes, compensation_rank, taken_off
@@ -146,7 +147,10 @@ def test_predicted_int8_rows_and_a_dense_folder(tmp_path: Path) -> None:
         run_stage(run, stage)
     bench, found = run.figures("bench"), run.figures("evaluate")
     assert found["kernels"] is not None
-    assert bench["rows"]
+    sizes = {row["setting"]: row["bytes"] for row in bench["rows"]}
+    weights, cache = bytes_per_token(tiny_model(), 8)  # dense ones have no compensation
+    assert sizes["dense_runner"] == weights + cache
+    assert sizes["sparse"] != sizes["dense_int8"]
     folder = run.stage_folder("export") / "checkpoint"
     export_dense(folder, tmp_path / "dense")
     assert not (tmp_path / "dense" / "moyu").exists()

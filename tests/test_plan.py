@@ -107,6 +107,14 @@ def test_rules_without_a_predictor_read_whole_matrices(tmp_path: Path, sparsifie
     assert plan(recipe, wished=50.0)["decode"]["wished"]["bytes_skipped"] is None
 
 
+def test_a_compensation_is_read_by_every_token(tmp_path: Path) -> None:
+    kept = [
+        plan(shaped(tmp_path, finetune={"compensation": compensation}))["decode"]["kept"]["bytes_skipped"]
+        for compensation in (None, {"rank": 8})
+    ]
+    assert kept[0] - kept[1] == pytest.approx(4096 * (2 * 8 + 1) / (3 * 4096 * 11_008))
+
+
 def test_bytes_are_those_that_the_benchmark_counts(tmp_path: Path) -> None:
     decode = plan(Recipe.model_validate(settings_of(tmp_path)))["decode"]
     weights, cache = bytes_per_token(tiny_model(), 8)
@@ -131,6 +139,7 @@ def test_layouts_without_an_op_have_no_speed(tmp_path: Path) -> None:
         ("llama", {"lora": {"rank": 4}}, 0.1),
         ("llama", {"dtype": "bfloat16", "lora": {"rank": 4}, "activation_checkpointing": True}, 0.1),
         ("llama", {"activation_checkpointing": True}, 0.1),
+        ("llama", {"activation_checkpointing": True, "compensation": {"rank": 2, "tokens": 64}}, 0.1),
         ("phi3", {}, 0.1),
         ("mixtral", {}, 0.1),
         ("gpt2", {}, 0.25),  # its activation is written out in Python, and saves its steps

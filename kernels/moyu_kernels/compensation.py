@@ -52,12 +52,17 @@ class Compensated:
         self._inputs: list[Tensor] = []
 
         def record(x: Tensor) -> Tensor:
-            self._inputs = [x]
+            # Only where `add` takes it again: activation checkpointing ends a recompute before a down projection that
+            # nothing comes after, and what stayed here would hold the layer's graph.
+            if hasattr(block, ATTRIBUTE):
+                self._inputs = [x]
             return x
 
         def add(_: tuple[Any, ...], y: Tensor) -> Tensor:
-            x, compensation = self._inputs.pop(), getattr(block, ATTRIBUTE, None)
-            return y if compensation is None or not on() else y + compensation(x)
+            if not hasattr(block, ATTRIBUTE):
+                return y
+            x = self._inputs.pop()
+            return y + getattr(block, ATTRIBUTE)(x) if on() else y
 
         self._seams = [Seam(block, front, record), Seam(block, down, output=add)]
 

@@ -15,7 +15,6 @@ from moyu_train.checkpoints.export import check_whole, read_inputs, read_state, 
 from moyu_train.checkpoints.verify import TOLERANCE, stock_gap
 from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
-from moyu_train.models.compensation import taken_off
 from moyu_train.models.loading import load_dense, load_tokenizer
 from moyu_train.models.marker import clear_marker
 
@@ -40,7 +39,7 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
         )
     if out.exists():
         raise MoyuError(f"{str(out)!r} exists; give another folder")
-    model = load_dense(folder, "auto", device="cpu")
+    model = load_dense(folder, "auto", device="cpu", compensated=False)
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     check_writable(out.parent, 2 * stored)
     clear_marker(model.config)
@@ -48,8 +47,7 @@ def export_dense(folder: Path, out: Path) -> dict[str, Any]:
     model.config.architectures = [type(model).__name__]
     temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
-        with taken_off(model):
-            model.save_pretrained(temporary)
+        model.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
         ids = torch.randint(
             model.config.get_text_config().vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -99,9 +100,10 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     if not any(isinstance(module, moyu_kernels.SparseFFN) for module in sparse.modules()):
         raise MoyuError(f"{str(folder)!r} runs simulated (masked after dense matmuls), so it has no speed to measure")
     load_seconds = time.monotonic() - started
-    dense = load_dense(folder, sparse.dtype, device=sparse.device)
+    load = partial(load_dense, folder, sparse.dtype, device=sparse.device, compensated=False)
+    dense = load()
     # The runner swaps linear layers and attention, stock must not.
-    runners = {"dense_runner": load_dense(folder, sparse.dtype, device=sparse.device), "sparse": sparse}
+    runners = {"dense_runner": load(), "sparse": sparse}
     if read_weights(folder) == "int8":
         runners["dense_int8"] = int8_twin(dense)
     settings, buffer = of_device(settings, sparse.device), bandwidth_buffer(sparse.device)

@@ -64,13 +64,15 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
     share = ffn / total
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
-    # Thresholds and masks from the prompt, then predictors.
+    # Thresholds and masks from the prompt, then predictors and compensations.
     overhead = sum((5 if rule.prompt else 4) * b.neurons for b in blocks) / ffn
     predictor = 0.0
     if recipe.predictor:
         family, settings = resolve("predictor", recipe.predictor, PREDICTORS)
         predictor = sum(family.planned_bytes(settings, b.hidden, b.neurons, b.layout != "plain") for b in blocks) / ffn
     overhead += predictor
+    if added := recipe.finetune.compensation:
+        overhead += sum(b.hidden * (2 * added.rank + 1) * dtype.itemsize for b in blocks) / ffn
     reason = _simulated(recipe, rule, blocks, model)
     found: dict[str, Any] = {
         "dtype": recipe.export.dtype,

@@ -119,13 +119,15 @@ def load_dense(
     dtype: torch.dtype | str = torch.float32,
     described: Described = (),
     device: torch.device | str | None = None,
+    compensated: bool = True,
 ) -> Any:
     """A stock model in eval mode. Marked configs (sparse training checkpoints) are loaded with the marker put back.
 
     A sparse checkpoint that decodes with int8 weights gets what these stand for, and holds plain weights from then on.
 
     dtype: of the weights, or "auto": what is stored; described: the FFN blocks of an architecture that structure does
-    not find, as in a recipe's `blocks`; device: default `compute_device`, or the CPU where a GPU has no room for it.
+    not find, as in a recipe's `blocks`; device: default `compute_device`, or the CPU where a GPU has no room for it;
+        compensated: with what stands for neurons that are off, where the folder has it, for masks to add.
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """
@@ -150,7 +152,8 @@ def load_dense(
     moyu = getattr(config, "moyu", None) or {}
     if moyu.get("weights") == "int8":
         round_ffn(model).config.moyu = {**moyu, "weights": "stored"}
-    attach_stored(model, Path(path))
+    if compensated:
+        attach_stored(model, Path(path))
     return model.to(_with_room(model) if device is None else device)
 
 
