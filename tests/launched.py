@@ -137,7 +137,12 @@ def mask_heads(attention: Any, router: Mapping[str, Tensor]) -> None:
     )
 
 
-SLOW = ("heads_ddp-1x4", "compensated_checkpointing")  # what they would show, others of their mode mostly show too
+SLOW = (
+    "heads_ddp-1x4",
+    "heads_zero3",
+    "predicted_ddp-1x4",
+    "compensated_checkpointing",
+)  # what they would show, others of their mode mostly show too
 
 
 def marked(variants: list[str]) -> list:

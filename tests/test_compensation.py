@@ -7,15 +7,18 @@ from typing import Any
 import moyu_kernels
 import pytest
 import torch
+from moyu_kernels import vllm_plugin
 from moyu_kernels.checkpoint import CheckpointError
 from moyu_kernels.compensation import ATTRIBUTE, FILE, Compensation
 from moyu_kernels.modules import set_mode
 from safetensors import safe_open
 from tiny import interrupted_at, save_tiny, tiny_model, tiny_settings
 from torch import Tensor
+from transformers import AutoConfig
 
 from moyu_train.checkpoints.dense import export_dense
 from moyu_train.checkpoints.export import read_rules
+from moyu_train.checkpoints.powerinfer import export_powerinfer
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench_bytes import bytes_per_token
 from moyu_train.evaluation.inloop import SparseMasks
@@ -133,11 +136,16 @@ def test_from_training_to_the_kernels(tmp_path: Path, family: str, lora: dict[st
         set_mode(sparse, "dense")
         assert gap(sparse(input_ids=ids).logits, dense) < 1e-4
 
+    with pytest.raises(CheckpointError, match="it has a compensation"):
+        vllm_plugin.read_blocks(folder, AutoConfig.from_pretrained(folder))
+    with pytest.raises(MoyuError, match="has compensations, and PowerInfer has no place"):
+        export_powerinfer(folder, tmp_path / "powerinfer")
     (folder / FILE).unlink()
     with pytest.raises(CheckpointError, match="is in the manifest but missing"):
         moyu_kernels.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_predicted_int8_rows_and_a_dense_folder(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, lora=LORA)
     settings |= {"predictor": {"name": "lowbit"}, "export": {"dtype": "float32", "weights": "int8"}}

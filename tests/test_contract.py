@@ -34,7 +34,9 @@ def test_runs_end_at_the_same_weights(launch: Callable, variant: str) -> None:
         torch.testing.assert_close(second.losses, first.losses, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("mutant", contract.MUTANTS)
+@pytest.mark.parametrize(
+    "mutant", [pytest.param(name, marks=[pytest.mark.slow] * (name == "labels")) for name in contract.MUTANTS]
+)
 def test_mutants_fail(launch: Callable, mutant: str) -> None:
     expected, _ = reference()
     assert distance(launch("ddp-1x4", mutant).gradients, expected) > 1e-3

@@ -73,13 +73,8 @@ def test_mutants_fail_in_bf16(launch: Callable, mutant: str) -> None:
     assert distance(seen.weights, whole.weights) > 3e-3
 
 
-FEW = ("history_consistency",)  # with statistics, and it looks at other text
-
-
-@pytest.mark.parametrize(
-    "penalty",
-    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in contract.STATISTICS_COEFFICIENT],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", contract.STATISTICS_COEFFICIENT)
 def test_penalties_with_statistics_hold_it_too(launch: Callable, penalty: str) -> None:
     """First gradients, and 20 steps in which the statistics move, are the same however a step is cut."""
     whole, without = launch("8x1", penalty=penalty), launch("8x1", "off", penalty).gradients

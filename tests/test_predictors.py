@@ -523,7 +523,7 @@ def observe(family: str, windows: list[int], together: bool = False) -> Any:
     return predictor
 
 
-@pytest.mark.parametrize("family", ["history", "mlp"])
+@pytest.mark.parametrize("family", ["history", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_two_processes_fit_what_one_does(family: str, tmp_path: Path) -> None:
     """Sums add up; steps of `mlp` are common ones."""
     code = WORKER.format(paths=[str(Path(__file__).parent)])

@@ -127,7 +127,7 @@ def load_dense(
 
     dtype: of the weights, or "auto": what is stored; described: the FFN blocks of an architecture that structure does
     not find, as in a recipe's `blocks`; device: default `compute_device`, or the CPU where a GPU has no room for it;
-        compensated: with what stands for neurons that are off, where the folder has it, for masks to add.
+    compensated: with what stands for neurons that are off, where the folder has it, for masks to add.
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """

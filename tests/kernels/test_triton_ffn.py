@@ -86,7 +86,9 @@ def test_the_rest_under_the_interpreter() -> None:
 @pytest.mark.parametrize(
     ("family", "n", "dtype"),
     [
-        pytest.param(family, n, dtype, marks=[pytest.mark.slow] if (family, n) == ("onebit", 8) else [])
+        pytest.param(
+            family, n, dtype, marks=[pytest.mark.slow] if family == "onebit" and dtype != torch.bfloat16 else []
+        )
         for family in KINDS
         for n, dtype in (
             (1, torch.bfloat16),
@@ -143,7 +145,9 @@ def test_activations(act: str) -> None:
         (3, 96, 40, 16, 0.0),  # codes in words, a row and a half of them at once
     ],
 )
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(kind, marks=[pytest.mark.slow] if kind == "lowbit" else []) for kind in KINDS]
+)
 def test_sizes(family: str, n: int, d: int, f: int, r: int, shift: float) -> None:
     check(make(n, d, f, r, shift=shift, family=family))
 
