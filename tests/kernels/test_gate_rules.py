@@ -12,7 +12,7 @@ from moyu_kernels.modules import SparseGatedFFN
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from predictors import FAMILIES
-from test_cpu_ops import DTYPES, ODD, assert_same, cut, ffn_arguments, run_python
+from test_cpu_ops import DTYPES, ODD, assert_same, cut, ffn_arguments, run_python, terms_of
 from torch import Tensor, nn
 
 RULES = naive.ON_GATE
@@ -211,7 +211,8 @@ def test_properties(rule: str, rows: int, sizes: tuple[int, int, int], dtype: to
     assert torch.equal(alone[0][0], y[n])
     assert torch.equal(alone[1][0], counts[n])
     order = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
-    assert_same(cpu.gated_ffn(x, gate[order], up[order], down[order], threshold[order], *rest), (y, counts))
+    moved = cpu.gated_ffn(x, gate[order], up[order], down[order], threshold[order], *rest)
+    assert_same(moved, (y, counts), terms_of(x, gate, up, down, threshold, *rest))
 
 
 @settings(max_examples=30, deadline=None)

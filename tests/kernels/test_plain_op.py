@@ -284,7 +284,8 @@ def test_properties(
     fixed = 2 if family == "lowrank" else 0  # tensors without neurons
     moved = predictor[:fixed] + [part[order] for part in predictor[fixed:]]
     by_neuron = [part[order] for part in (up, down, threshold)]
-    assert_same(cpu.plain_ffn(x, *by_neuron, act, moved, *rest, up_bias[order], down_bias), (y, counts))
+    terms, _ = cpu.plain_ffn(x, up, down.abs(), threshold, act, predictor, *rest, up_bias, down_bias.abs())
+    assert_same(cpu.plain_ffn(x, *by_neuron, act, moved, *rest, up_bias[order], down_bias), (y, counts), terms)
 
 
 @settings(max_examples=30, deadline=None)

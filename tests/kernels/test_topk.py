@@ -12,7 +12,7 @@ from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.rules import Rule
 from predictors import random_predictor
-from test_cpu_ops import DTYPES, ODD, assert_same, ffn_arguments, run_python
+from test_cpu_ops import DTYPES, ODD, assert_same, ffn_arguments, run_python, terms_of
 from torch import nn
 
 
@@ -174,4 +174,5 @@ def test_properties(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype, 
     alone = cpu.gated_ffn(x[n : n + 1], gate, up, down, threshold, *rest)
     assert torch.equal(alone[0][0], y[n])
     order = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
-    assert_same(cpu.gated_ffn(x, gate[order], up[order], down[order], threshold[order], *rest), (y, counts))
+    moved = cpu.gated_ffn(x, gate[order], up[order], down[order], threshold[order], *rest)
+    assert_same(moved, (y, counts), terms_of(x, gate, up, down, threshold, *rest))
