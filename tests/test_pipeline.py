@@ -1,5 +1,6 @@
 """The whole path on a tiny model through the real command line: figures, reuse, kill and resume, two processes."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,18 +20,11 @@ from moyu_train.models.loading import load_dense
 from moyu_train.pipeline import STAGES
 
 OF_HEADS = ("fit-heads", "refit-heads")  # stages that only `heads` of a recipe asks for
-TIMINGS = (
-    "decode_tokens_per_second",
-    "bandwidth_gb_s",
-    "bandwidth_share",
-    "over_best_transformers",
-    "over_dense_runner",
-    "bench",
-)
+TIMINGS = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_", "bench")  # how their names begin
 
 
 def without_timings(result: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in result.items() if name not in TIMINGS}
+    kept = {name: value for name, value in result.items() if not name.startswith(TIMINGS)}
     kept["hashes"] = {name: value for name, value in kept["hashes"].items() if name != "recipe"}  # holds the folder
     return kept
 
@@ -269,10 +263,12 @@ def test_verbs_on_a_checkpoint(finished: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b.json").read_text())["rows"]
     short = ["--data.test", text, "--bench.contexts", "[8]", "--bench.new_tokens", "3", "--quick", "--threads", "1"]
     moyu("bench", "model", folder, *short, "--json", str(tmp_path / "m.json"))
-    rows = json.loads((tmp_path / "m.json").read_text())
+    rows = [row for row in json.loads((tmp_path / "m.json").read_text()) if row["backend"] != "llama.cpp"]
     assert [row["op"] for row in rows] == ["decode_dense_eager", "decode_dense_runner", "decode_sparse"]
     assert (rows[2]["D"], rows[2]["F"], rows[2]["dtype"], rows[2]["layers"]) == (32, 96, "float32", 2)
-    assert 0 < rows[2]["density"] < 1 < rows[2]["limit_speedup"]
+    assert 0 < rows[2]["density"] < 1
+    if importlib.util.find_spec("llama_cpp") is None:  # else the limit is over llama.cpp's files, padded at this size
+        assert rows[2]["limit_speedup"] > 1
     generated = moyu(
         "generate", folder, "--prompt", "the cat", "--max-new-tokens", "8", "--json", str(tmp_path / "g.json")
     )
