@@ -193,7 +193,7 @@ class Lora(Section):
 class Compensate(Section):
     """A low-rank map of each FFN's input in place of what is off: fitted in closed form, then trained."""
 
-    rank: int = Field(64, ge=1, description="of the map; at 64 it is 3 % of the FFN's weights where D is 576")
+    rank: int = Field(64, ge=1, description="of the map; 64 is 2.8 % of a gated FFN's weights where F is 1536")
     tokens: int = Field(20_480, ge=1, description="of training text to fit it on")
 
 
@@ -228,7 +228,9 @@ class Optimise(Section):
     block_weight: float = Field(0.0, ge=0, description="relative error of each FFN block's output to the parent's")
     lm_weight: float = Field(0.0, ge=0, description="next-token loss")
     lora: Lora | None = Field(None, description="train low-rank deltas in place of all weights")
-    compensation: Compensate | None = Field(None, description="for rules by threshold or top-k; null for none")
+    compensation: Compensate | None = Field(
+        None, description="what stands for the neurons that are off, for rules by threshold or top-k; null for nothing"
+    )
     embeddings: bool = Field(True, description="without lora, train the token embeddings and the output layer too")
 
     @model_validator(mode="after")

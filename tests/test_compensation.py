@@ -8,22 +8,25 @@ import moyu_kernels
 import pytest
 import torch
 from moyu_kernels import vllm_plugin
-from moyu_kernels.checkpoint import CheckpointError
+from moyu_kernels.checkpoint import MANIFEST, CheckpointError
 from moyu_kernels.compensation import ATTRIBUTE, FILE, Compensation
-from moyu_kernels.modules import set_mode
+from moyu_kernels.modules import SparseFFN, set_mode
+from moyu_kernels.rules import Rule
 from safetensors import safe_open
-from tiny import interrupted_at, save_tiny, tiny_model, tiny_settings
+from safetensors.torch import load_file, save_file
+from tiny import interrupted_at, save_tiny, tiny_model, tiny_settings, tokenizer
 from torch import Tensor
 from transformers import AutoConfig
 
 from moyu_train.checkpoints.dense import export_dense
-from moyu_train.checkpoints.export import read_rules
+from moyu_train.checkpoints.export import export, read_rules
 from moyu_train.checkpoints.powerinfer import export_powerinfer
 from moyu_train.errors import MoyuError
-from moyu_train.evaluation.bench_bytes import bytes_per_token
-from moyu_train.evaluation.inloop import SparseMasks
-from moyu_train.models.blocks import find_blocks
-from moyu_train.models.compensation import attach, compensation_bytes, compensation_rank, taken_off
+from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read
+from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
+from moyu_train.files import sha256
+from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.compensation import attach, attach_empty, compensation_bytes, compensation_rank, taken_off
 from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import Masking
 from moyu_train.pipeline import Run, run_stage
@@ -136,6 +139,21 @@ def test_from_training_to_the_kernels(tmp_path: Path, family: str, lora: dict[st
         set_mode(sparse, "dense")
         assert gap(sparse(input_ids=ids).logits, dense) < 1e-4
 
+    tokens = torch.stack([ffn.counts[0] for ffn in sparse.modules() if isinstance(ffn, SparseFFN)])
+    assert (tokens > 0).all()
+    blocks, size = find_blocks(trained), 2 * 32 * (2 * 4 + 1) * 4  # of two layers, fp32
+    read = ffn_read(sparse, blocks)[0]
+    for ffn in sparse.modules():
+        if isinstance(ffn, SparseFFN):
+            ffn.compensation = None
+    assert read - ffn_read(sparse, blocks)[0] == pytest.approx(size)
+    with SparseMasks(trained, read_rules(folder), None) as masks:
+        trained(input_ids=ids)
+    skipped = bytes_skipped(blocks, masks.counts, None, 4)
+    with taken_off(trained):
+        dense_bytes = sum(ffn_bytes(block, 4) for block in blocks)
+        assert bytes_skipped(blocks, masks.counts, None, 4) - skipped == pytest.approx(size / dense_bytes)
+
     with pytest.raises(CheckpointError, match="it has a compensation"):
         vllm_plugin.read_blocks(folder, AutoConfig.from_pretrained(folder))
     with pytest.raises(MoyuError, match="has compensations, and PowerInfer has no place"):
@@ -158,7 +176,6 @@ def test_predicted_int8_rows_and_a_dense_folder(tmp_path: Path) -> None:
     sizes = {row["setting"]: row["bytes"] for row in bench["rows"]}
     weights, cache = bytes_per_token(tiny_model(), 8)  # dense ones have no compensation
     assert sizes["dense_runner"] == weights + cache
-    assert sizes["sparse"] != sizes["dense_int8"]
     folder = run.stage_folder("export") / "checkpoint"
     export_dense(folder, tmp_path / "dense")
     assert not (tmp_path / "dense" / "moyu").exists()
@@ -213,6 +230,56 @@ def test_refusals_before_a_model_loads(tmp_path: Path, change: dict[str, Any], m
     settings["finetune"] |= change.pop("finetune", {})
     with pytest.raises(MoyuError, match=message):
         Run(Recipe.model_validate(settings | change))
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    model, blocks = tiny_model(), find_blocks(tiny_model())
+    rules = [Rule(torch.zeros(block.neurons)) for block in blocks]
+    attach_empty(model, 2)
+    model.model.layers[1].mlp.compensation.bias.data[3] = torch.nan
+    with pytest.raises(MoyuError, match=r"layers\.1\.mlp\.compensation\.bias holds values that are not finite"):
+        export(model, tokenizer(), folder, "threshold", rules, None, None)
+    assert not folder.exists()
+    model.model.layers[1].mlp.compensation.bias.data[3] = 0
+    export(model, tokenizer(), folder, "threshold", rules, None, None)
+    moyu_kernels.from_pretrained(folder)
+
+    def seal(listed: bool) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"].pop(FILE, None)
+        manifest["files"] |= {FILE: sha256(folder / FILE)} if listed else {}
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    stored = load_file(folder / FILE)
+    for tensors, message in (
+        ({name: tensor for name, tensor in stored.items() if name != "blocks.1.b"}, "blocks.1.b"),
+        (stored | {"blocks.1.a": torch.zeros(3, 32)}, "are no compensation"),
+        (
+            stored | {f"blocks.1.{n}": torch.zeros(s) for n, s in (("a", (2, 8)), ("b", (8, 2)), ("bias", (8,)))},
+            "size is 32",
+        ),
+    ):
+        save_file(tensors, folder / FILE)
+        seal(listed=True)
+        with pytest.raises(CheckpointError, match=message):
+            moyu_kernels.from_pretrained(folder)
+        with pytest.raises(MoyuError, match=message):
+            load_dense(folder)
+    save_file(stored, folder / FILE)
+    seal(listed=False)
+    with pytest.raises(CheckpointError, match=r"the manifest does not list moyu/compensation\.safetensors"):
+        moyu_kernels.from_pretrained(folder)
+
+
+def test_activations_that_are_not_finite_are_named() -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
+    with (
+        Masking(find_blocks(model), halved),
+        pytest.raises(MoyuError, match=r"layers\.1\.mlp: its inputs or activations"),
+    ):
+        fit_compensations(model, torch.arange(64)[None], Compensate(rank=2))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

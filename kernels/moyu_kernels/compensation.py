@@ -4,7 +4,7 @@ What is off is small but not random: part of it is a linear function of the FFN'
 from quantisation (LoRC in ZeroQuant-V2, arXiv 2303.08302) and from sparse inputs (R-Sparse, arXiv 2504.19449).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,16 @@ class Compensated:
         self._inputs.clear()
 
 
-def compensations(folder: Path, blocks: int) -> list[Compensation]:
+def compensations(folder: Path, hidden: Sequence[int]) -> list[Compensation]:
     """What a folder holds, one a block.
+
+    hidden: D of each block.
 
     Raises: KeyError where one lacks a tensor, ValueError where shapes do not fit.
     """
-    tensors = load_file(folder / FILE)
-    return [Compensation(*(tensors[f"blocks.{i}.{part}"] for part in PARTS)) for i in range(blocks)]
+    tensors, found = load_file(folder / FILE), []
+    for i, d in enumerate(hidden):
+        found.append(Compensation(*(tensors[f"blocks.{i}.{part}"] for part in PARTS)))
+        if len(found[i].bias) != d:
+            raise ValueError(f"blocks.{i}.bias is [{len(found[i].bias)}], and the block's hidden size is {d}")
+    return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
 from .compensation import ATTRIBUTE, Compensated, Compensation, compensations
+from .compensation import FILE as COMPENSATION
 from .dispatch import DISPATCH, start_dispatch
 from .ffn import found_ffn, install_ffn, simulated_because, sparse_ffn
 from .heads import HeadRouters, install_heads
@@ -92,7 +93,9 @@ def _from_pretrained(
     states: list[PromptState] = []
     added: list[Any] = [None] * len(block_list)
     if settings.get("compensation"):
-        added = compensations(folder, len(block_list))
+        if COMPENSATION not in manifest["files"]:
+            raise CheckpointError(f"{folder}: the manifest does not list {COMPENSATION}; export the checkpoint again")
+        added = compensations(folder, [block["hidden"] for block in block_list])
     for index, block in enumerate(block_list):
         threshold = tensor_of(folder, state, f"blocks.{index}.threshold")
         predictor = [tensor_of(folder, state, f"blocks.{index}.predictor.{name}") for name in names]

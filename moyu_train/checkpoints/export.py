@@ -9,6 +9,7 @@ from typing import Any
 import moyu_kernels.checkpoint
 import torch
 from moyu_kernels.checkpoint import FORMAT_VERSION, MANIFEST, STATE, CheckpointError, read_manifest
+from moyu_kernels.compensation import ATTRIBUTE
 from moyu_kernels.heads import HeadRouters, simulated_because
 from moyu_kernels.rules import Rule
 from safetensors.torch import save_file
@@ -68,7 +69,8 @@ def export(
     if heads:
         check_heads(model, heads.routers, heads.output, inputs or {})
         tensors |= routers_to_tensors(heads.routers.values())
-    for key, tensor in tensors.items():
+    added = {f"{b.path}.{name}": p for b in blocks for name, p in b.module.named_parameters() if ATTRIBUTE in name}
+    for key, tensor in (tensors | added).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise MoyuError(f"{key} holds values that are not finite; calibrate or fit again on more text")
     config = model.config

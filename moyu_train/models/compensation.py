@@ -31,7 +31,7 @@ def attach_stored(model: nn.Module, folder: Path) -> None:
     if (folder / FILE).is_file():
         blocks = find_blocks(model)
         with reading(folder / FILE):
-            attach(blocks, compensations(folder, len(blocks)))
+            attach(blocks, compensations(folder, [block.hidden for block in blocks]))
 
 
 def compensation_rank(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ import torch
 from moyu_kernels.compensation import Compensation
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, device_of, find_blocks
 from moyu_train.models.compensation import attach
 from moyu_train.models.loading import check_memory
@@ -47,6 +48,11 @@ class Sums:
     def solve(self, rank: int) -> Compensation:
         """Reduced-rank ridge regression of r on x, with the factors of equal norms."""
         x, r = (total.double() / self._tokens for total in (self._sum_x, self._sum_r))
+        if not (self._xx.isfinite().all() and self._xr.isfinite().all()):
+            raise MoyuError(
+                f"{self._block.path}: its inputs or activations are not finite on the training text, so no "
+                "compensation can be fitted; check the weights"
+            )
         cov = self._xx.double() / self._tokens - x.outer(x)
         cross = self._xr.double() / self._tokens - x.outer(r)
         ridge = RIDGE * self._xx.diagonal().double().mean() / self._tokens
