@@ -81,10 +81,10 @@ def test_ops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         elif row["op"] == "plain_threshold":
             assert row["bytes"] == pytest.approx(size * (1 + row["union_density"]) / 2 + 4 * 192, rel=2e-3)
         elif row["op"] == "plain_lowbit_up":
-            predictor = 192 * 16 + 3 * 4 * 192
+            predictor = 192 * 16 + 4 * 4 * 192
             assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=2e-3)
         elif row["op"] == "ffn_lowbit":
-            predictor = 2 * 192 * 16 + 4 * 4 * 192
+            predictor = 2 * 192 * 16 + 6 * 4 * 192
             assert row["bytes"] == pytest.approx(size * row["union_density"] + predictor + 4 * 192, rel=2e-3)
         if row["batch"] == 1 or row["masks"] == "identical":
             assert row["union_density"] == pytest.approx(row["density"])

@@ -16,6 +16,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped, row_bytes
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.blocks import FFNBlock, find_blocks
 from moyu_train.models.state import stored_bytes
+from moyu_train.predictors import lowbit
 from moyu_train.predictors.lowbit import LowBit, round_weight
 from moyu_train.predictors.lowrank import LowRank, quantise_rows
 from moyu_train.settings import Calibrate
@@ -141,12 +142,13 @@ def correlated(tokens: int, size: int) -> torch.Tensor:
     return few + 0.3 * torch.randn(tokens, size, generator=g)
 
 
-def test_rounding_makes_up_for_its_errors() -> None:
-    """Against plain rounding at the same scales: a much smaller error of the product, a larger one of the weights."""
+def test_rounding_makes_up_for_its_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against plain rounding at the same scales: a much smaller error of the product, a larger one of the weights. The
+    scales tell that error, and sweeps after GPTQ make it smaller still."""
     x = correlated(2000, 96)
     moment = (x.T @ x / len(x)).double()
     weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(1))
-    levels, scale = round_weight(weight, moment)
+    levels, (scale, off) = round_weight(weight, moment)
     assert levels.unique().tolist() == [-3, -1, 1, 3]
     plain = ((weight / scale[:, None] / 2 - 0.5).round().clamp(-2, 1) * 2 + 1) * scale[:, None]
     ours = levels * scale[:, None]
@@ -158,13 +160,19 @@ def test_rounding_makes_up_for_its_errors() -> None:
     assert (ours - weight).norm() > (plain - weight).norm()
     for factor in (0.99, 1.01):  # the scale is the best one for these levels
         assert error(ours) < error(factor * ours)
+    missed = (x @ (ours - weight).T).square().mean(0).sqrt() / x.norm(dim=1).square().mean().sqrt()
+    assert torch.allclose(off, missed, rtol=1e-3)
+    swept = lowbit.SWEEPS
+    monkeypatch.setattr(lowbit, "SWEEPS", 0)
+    once, (scale, _) = round_weight(weight, moment)
+    assert swept
+    assert error(ours) < 0.95 * error(once * scale[:, None])
 
 
 def test_without_correlation_rounding_is_to_the_nearest() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    levels, _ = round_weight(weight, torch.eye(32, dtype=torch.float64))
-    nearest = weight / (weight.std(1, keepdim=True) * 0.9957 / 2)
-    assert torch.equal(levels, (nearest / 2 - 0.5).round().clamp(-2, 1) * 2 + 1)
+    levels, (scale, _) = round_weight(weight, torch.eye(32, dtype=torch.float64))
+    assert torch.equal(levels, (weight / scale[:, None] / 2 - 0.5).round().clamp(-2, 1) * 2 + 1)
 
 
 def test_lowbit_predicts_contributions_in_units_of_their_mean() -> None:
@@ -176,7 +184,7 @@ def test_lowbit_predicts_contributions_in_units_of_their_mean() -> None:
     for part, target in zip(x.split(700), contribution.split(700), strict=True):
         predictor.observe(part, target)
     stored = predictor.solve()
-    assert stored_bytes(stored) == LowBit.planned_bytes(LowBit.Options(), 32, 96) == 2 * 96 * 8 + 4 * 4 * 96
+    assert stored_bytes(stored) == LowBit.planned_bytes(LowBit.Options(), 32, 96) == 2 * 96 * 8 + 4 * 6 * 96
     scores = predictor_scores(x, list(stored.values()), block.activation())
     root = contribution.sqrt() / contribution.sqrt().mean()
     assert scores.mean().item() == pytest.approx(1, abs=0.15)
@@ -186,6 +194,27 @@ def test_lowbit_predicts_contributions_in_units_of_their_mean() -> None:
     static = contribution.mean(0).expand_as(contribution)
     fixed = (contribution * largest(static, half)).sum() / (contribution * largest(contribution, half)).sum()
     assert kept > 0.93 > 0.85 > fixed
+
+
+def test_scores_allow_for_what_copies_miss() -> None:
+    """1-bit copies of few of the directions that x takes: neurons are better chosen with their errors than without."""
+    block = find_blocks(tiny_model())[0]
+    gate, up, _ = block.weights()
+    x = correlated(3000, 32)
+    contribution = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)).abs() * block.down_norms()
+    predictor = LowBit(LowBit.Options(bits=1), block, torch.device("cpu"))
+    predictor.observe(x, contribution)
+    stored = predictor.solve()
+    half = torch.full((len(x),), 48)
+
+    def kept() -> float:
+        scores = predictor_scores(x, list(stored.values()), block.activation())
+        return ((contribution * largest(scores, half)).sum() / contribution.sum()).item()
+
+    allowed = kept()
+    for name in ("gate_scales", "up_scales"):
+        stored[name][1] = 0
+    assert allowed > kept() + 0.002
 
 
 FAMILIES = {"lowrank": (LowRank, LowRank.Options(rank=4)), "lowbit": (LowBit, LowBit.Options())}
@@ -214,7 +243,7 @@ def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.ReLU()
     rules, predictors = fitted(model, tmp_path)
-    with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.4"):
+    with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.31"):
         calibrate_in_loop(model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4)
 
 

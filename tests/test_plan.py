@@ -89,7 +89,7 @@ def test_a_known_shape(tmp_path: Path) -> None:
     assert decode["limit"] == pytest.approx(1 / (1 - share))
     assert decode["wished"]["bytes_skipped"] == pytest.approx((1 / 3) / share)
     assert 1 / (1 - share * decode["wished"]["bytes_skipped"]) == pytest.approx(1.5)
-    lowbit = 11_008 * (2 * 4096 // 4 + 16)
+    lowbit = 11_008 * (2 * 4096 // 4 + 24)
     assert decode["predictor_share"] == pytest.approx(lowbit / (2 * 3 * 4096 * 11_008))
     thresholds = 4 * 11_008 / (2 * 3 * 4096 * 11_008)
     assert decode["kept"]["bytes_skipped"] == pytest.approx(0.6 - decode["predictor_share"] - thresholds)

@@ -189,7 +189,7 @@ def test_one_bit_codes_are_signs_rounded_for_their_text() -> None:
     def error(rounded: torch.Tensor) -> float:
         return ((x @ (rounded - gate).T).norm() / (x @ gate.T).norm()).item()
 
-    assert error(levels * stored["gate_scale"][:, None]) < 0.8 * error(plain)
+    assert error(levels * stored["gate_scales"][0, :, None]) < 0.8 * error(plain)
 
 
 def test_signs_count_equal_bits() -> None:

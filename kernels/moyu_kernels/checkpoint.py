@@ -4,16 +4,17 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .heads import HeadRouters
 from .ops.ffn.naive import PREDICTORS, SIMULATED
 from .reading import CheckpointError, inside, read_json
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # 1 has no formula, its rule is a threshold on a; 1 and 2 have no inputs; 4 says `weights`, 5 `heads`, 6 `centred`,
-# 7 `compensation`.
-READS = (1, 2, 3, 4, 5, 6, 7)
+# 7 `compensation`, 8 how far the copies of a predictor `lowbit` are off.
+READS = (1, 2, 3, 4, 5, 6, 7, 8)
 MANIFEST, STATE = "moyu/manifest.json", "moyu/state.safetensors"
 UNITS = ("head", "group")
 LAYOUTS = ("gated", "fused", "plain", "experts")
@@ -91,6 +92,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dic
                 f"{path}: layout {block['layout']!r} of {block['path']} is unknown; update moyu_kernels"
             )
     return raw, settings["blocks"], settings
+
+
+def current(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `STATE` as this version names them: copies of before 8 are taken as exact, as they were then."""
+    old = {name for name in state if name.endswith((".predictor.gate_scale", ".predictor.up_scale"))}
+    scales = {name + "s": torch.stack([state[name], torch.zeros_like(state[name])]) for name in old}
+    return {name: tensor for name, tensor in state.items() if name not in old} | scales
 
 
 def predictor_names(folder: Path, settings: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, ...]:

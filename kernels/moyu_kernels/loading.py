@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import STATE, predictor_names, read_config, read_heads, read_manifest, tensor_of
+from .checkpoint import STATE, current, predictor_names, read_config, read_heads, read_manifest, tensor_of
 from .compensation import ATTRIBUTE, Compensated, Compensation, compensations
 from .compensation import FILE as COMPENSATION
 from .dispatch import DISPATCH, start_dispatch
@@ -78,7 +78,7 @@ def _from_pretrained(
     weights = settings.get("weights", "stored") if weights is None else weights
     if weights not in WEIGHTS:
         raise CheckpointError(f"{folder}: weights {weights!r} are unknown; known: {', '.join(WEIGHTS)}")
-    state = load_file(folder / STATE)
+    state = current(load_file(folder / STATE))
     names = predictor_names(folder, settings, manifest)
     heads, of_heads = read_heads(folder, settings, manifest, state), mode
     masks_from_prompt = bool(settings.get("formula", {}).get("prompt"))

@@ -316,5 +316,5 @@ def random_predictor(family: str, hidden: int, neurons: int, itemsize: int) -> l
     size, parts = (neurons, -(-hidden // 4)), list[Tensor]()
     for _ in range(1 if family == "lowbit_up" else 2):
         codes = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        parts += [codes, torch.full((neurons,), 0.5 / hidden**0.5)]
+        parts += [codes, torch.full((2, neurons), 0.5 / hidden**0.5)]
     return [*parts, torch.ones(neurons), torch.zeros(neurons)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from moyu_kernels.checkpoint import current
 from moyu_kernels.ops.ffn.naive import PREDICTORS, SIMULATED, predictor_family
 from torch import Tensor
 
@@ -24,6 +25,7 @@ def predictors_to_tensors(predictors: list[dict[str, Tensor]]) -> dict[str, Tens
 
 def predictors_from_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """One dict a layer, in the order of tensors in which the ops take them; empty where there are no predictors."""
+    tensors = current(tensors)
     stored = {name.removeprefix("blocks.0.predictor.") for name in tensors if name.startswith("blocks.0.predictor.")}
     names = next((names for names in (PREDICTORS | SIMULATED).values() if set(names) == stored), ())
     count = _blocks(tensors) if names else 0

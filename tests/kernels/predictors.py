@@ -27,5 +27,6 @@ def random_predictor(family: str, hidden: int, neurons: int, rank: int, seed: in
     bits, parts = 1 if family.startswith("onebit") else 2, []
     for _ in range(1 if family.endswith("_up") else 2):
         levels = torch.randint(0, 2**bits, (neurons, hidden), generator=g) * 2.0 - (2**bits - 1)
-        parts += [naive.pack_codes(levels, bits), (torch.rand(neurons, generator=g) + 0.5) * (3 - bits) / hidden**0.5]
-    return [*parts, torch.rand(neurons, generator=g) + 0.5, torch.full((neurons,), -0.65)]
+        scales = (torch.rand(2, neurons, generator=g) + 0.5) * torch.tensor([[3.0 - bits], [0.5]]) / hidden**0.5
+        parts += [naive.pack_codes(levels, bits), scales]
+    return [*parts, torch.rand(neurons, generator=g) + 0.5, torch.full((neurons,), -0.85)]

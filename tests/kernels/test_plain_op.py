@@ -281,8 +281,11 @@ def test_properties(
     n = seed % rows
     assert torch.equal(cpu.plain_ffn(x[n : n + 1], *arguments[1:])[0][0], y[n])
     order = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
-    fixed = 2 if family == "lowrank" else 0  # tensors without neurons
-    moved = predictor[:fixed] + [part[order] for part in predictor[fixed:]]
+    names = naive.PREDICTORS[naive.op_family(predictor)] if predictor else ()
+    moved = [
+        part if name in ("w1", "s1") else part[:, order] if name == "up_scales" else part[order]
+        for name, part in zip(names, predictor, strict=True)
+    ]
     by_neuron = [part[order] for part in (up, down, threshold)]
     terms, _ = cpu.plain_ffn(x, up, down.abs(), threshold, act, predictor, *rest, up_bias, down_bias.abs())
     assert_same(cpu.plain_ffn(x, *by_neuron, act, moved, *rest, up_bias[order], down_bias), (y, counts), terms)

@@ -123,7 +123,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   float *wide = scratch.data(), *ordered = wide + rows * stride, *hidden = ordered + rows * stride,
         *partial = hidden + rows * hidden_stride, *gates = partial + rows * ranges * stride;
   int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
-  float steps[MAX_ROWS];
+  float steps[MAX_ROWS], norms[MAX_ROWS];
   widen_input<X, W>(x, wide, stride);
 
   const auto matrix = [&](const Tensor& rows, int64_t which) {
@@ -157,7 +157,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   if (lowbit) {
     rounded.assign(rows * planes * plane, 0);
     for (int64_t n = 0; n < rows; ++n)
-      steps[n] = round_row(ordered + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n]);
+      steps[n] = round_row(ordered + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n], norms[n]);
     const size_t last = predictor.size() - 2;
     ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]),
                         given.plain ? nullptr : data<const uint8_t>(predictor[2]),
@@ -166,7 +166,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
                         floats(last),
                         floats(last + 1),
                         given.gate_bias,
-                        Rounded{rounded.data(), planes, code_bytes, plane, steps, sums},
+                        Rounded{rounded.data(), planes, code_bytes, plane, steps, norms, sums},
                         rows,
                         neurons,
                         ffn.ruled};

@@ -18,7 +18,7 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
   const size_t lowbit = plain ? 4 : 6;
   REQUIRE(predictor.size() == 1 || predictor.size() == 5 || predictor.size() == lowbit, op, ": predictor has ",
           predictor.size(), " tensors, expected none, [mask], [w1, s1, w2, s2, bias] or [",
-          plain ? "" : "gate_codes, gate_scale, ", "up_codes, up_scale, weight, bias]");
+          plain ? "" : "gate_codes, gate_scales, ", "up_codes, up_scales, weight, bias]");
   if (predictor.size() == 1) {
     check(op, "mask", predictor[0], {neurons}, ScalarType::Byte);
   } else if (predictor.size() == 5) {
@@ -33,12 +33,13 @@ void check_predictor(const char* op, const std::vector<Tensor>& predictor, int64
   } else {
     const bool one_bit = predictor[0].dim() == 2 && predictor[0].size(1) == (d + 7) / 8 && d > 4;
     const int64_t bytes = one_bit ? (d + 7) / 8 : (d + 3) / 4;
-    const char* names[] = {"predictor gate_codes", "predictor gate_scale", "predictor up_codes", "predictor up_scale",
+    const char* names[] = {"predictor gate_codes", "predictor gate_scales", "predictor up_codes", "predictor up_scales",
                            "predictor weight",     "predictor bias"};
     for (size_t i = 0; i < lowbit; ++i) {
-      const bool codes = i % 2 == 0 && i + 2 < lowbit;
+      const bool copies = i + 2 < lowbit, codes = copies && i % 2 == 0;
       const char* name = names[i + 6 - lowbit];
       if (codes) check(op, name, predictor[i], {neurons, bytes}, ScalarType::Byte);
+      else if (copies) check(op, name, predictor[i], {2, neurons}, ScalarType::Float);
       else check(op, name, predictor[i], {neurons}, ScalarType::Float);
     }
   }

@@ -145,8 +145,8 @@ struct Rounded {
 #endif
   const int8_t* values;                // [rows, planes, plane], zero from column D on
   int64_t planes, bytes, plane;
-  const float* step;    // [rows]
-  const int32_t* sums;  // [rows]
+  const float *step, *norms;  // [rows]
+  const int32_t* sums;        // [rows]
 
   const int8_t* row(int64_t n) const { return values + n * planes * plane; }
 };
@@ -158,23 +158,27 @@ inline int64_t plane_of(int64_t d, int64_t planes) {
   return ((d + planes - 1) / planes + Rounded::STEP - 1) / Rounded::STEP * Rounded::STEP;
 }
 
-// x [d] in plain order: its rounded values into out [planes, plane], their sum; returns the step.
-inline float round_row(const float* x, int64_t d, int64_t planes, int8_t* out, int32_t& sum) {
+// x [d] in plain order: its rounded values into out [planes, plane], their sum and, times the step, their norm; returns
+// the step.
+inline float round_row(const float* x, int64_t d, int64_t planes, int8_t* out, int32_t& sum, float& norm) {
   const int64_t bytes = (d + planes - 1) / planes, plane = plane_of(d, planes);
   float top = 0.0f;
   for (int64_t i = 0; i < d; ++i) {
     const float size = std::fabs(x[i]);
-    if (!(size <= std::numeric_limits<float>::max())) return std::numeric_limits<float>::quiet_NaN();  // selects none
+    if (!(size <= std::numeric_limits<float>::max())) return norm = std::numeric_limits<float>::quiet_NaN();
     top = std::max(top, size);
   }
-  const float inverse = top > 1e-30f ? 1.0f / top * 127.0f : 0.0f;
+  const float inverse = top > 1e-30f ? 1.0f / top * 127.0f : 0.0f, step = top * (1.0f / 127.0f);
+  int64_t squares = 0;
   for (int64_t k = 0; k < planes; ++k)
     for (int64_t j = 0; j < std::min(bytes, d - k * bytes); ++j) {
       const auto value = static_cast<int32_t>(std::nearbyint(x[k * bytes + j] * inverse));
       out[k * plane + j] = static_cast<int8_t>(value);
       sum += value;
+      squares += value * value;
     }
-  return top * (1.0f / 127.0f);
+  norm = std::sqrt(static_cast<float>(squares)) * step;
+  return step;
 }
 
 #if defined(__AVX2__)
@@ -256,7 +260,8 @@ inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, in
 // Of a plain FFN up stands for the gate, with its bias, and nothing for up (naive.lowbit_up_scores).
 struct LowBit {
   const uint8_t *gate_codes, *up_codes;
-  const float *gate_scale, *up_scale, *weight, *bias, *gate_bias;
+  const float *gate_scales, *up_scales;  // [2, neurons]
+  const float *weight, *bias, *gate_bias;
   Rounded x;
   int64_t rows, neurons;
   Gate gate;
@@ -267,7 +272,7 @@ struct LowBit {
     const int64_t end = first + size;
     const int32_t top = x.planes == 4 ? 3 : 1;
     alignas(LINE) int32_t dots[2][SIZE + 4];
-    alignas(LINE) float gates[SIZE + LANES] = {}, ups[SIZE];
+    alignas(LINE) float above[SIZE + LANES] = {}, below[SIZE + LANES] = {}, ups[SIZE];
     for (int64_t n = 0; n < rows; ++n) {
       const auto products = [&](const uint8_t* codes, int64_t f, int32_t* out) {
         const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.bytes;
@@ -285,14 +290,28 @@ struct LowBit {
         products(gate_codes, f, dots[0]);
         if (up_codes) products(up_codes, f, dots[1]);
       }
-      scaled(dots[0], gate_scale, gates);
-      if (up_codes) scaled(dots[1], up_scale, ups);
-      for (int64_t j = 0; gate_bias && j < size; ++j) gates[j] += gate_bias[first + j];
-      gate.all(gates, first, size);
+      const float* gate_errors = gate_scales + neurons + first;
+      scaled(dots[0], gate_scales, above);
+      for (int64_t j = 0; gate_bias && j < size; ++j) above[j] += gate_bias[first + j];
       for (int64_t j = 0; j < size; ++j) {
-        const float a = up_codes ? gates[j] * ups[j] : gates[j];
-        mask[j] |= (weight[first + j] * std::sqrt(std::fabs(a)) + bias[first + j] > 0.0f) << n;
+        const float error = x.norms[n] * gate_errors[j];
+        below[j] = above[j] - error;
+        above[j] += error;
       }
+      gate.all(above, first, size);
+      gate.all(below, first, size);
+      float* square = above;
+      for (int64_t j = 0; j < size; ++j) square[j] = (above[j] * above[j] + below[j] * below[j]) * 0.5f;
+      if (up_codes) {
+        const float* up_errors = up_scales + neurons + first;
+        scaled(dots[1], up_scales, ups);
+        for (int64_t j = 0; j < size; ++j) {
+          const float error = x.norms[n] * up_errors[j];
+          square[j] *= ups[j] * ups[j] + error * error;
+        }
+      }
+      for (int64_t j = 0; j < size; ++j)
+        mask[j] |= (weight[first + j] * std::sqrt(std::sqrt(square[j])) + bias[first + j] > 0.0f) << n;
     }
   }
 };

@@ -42,8 +42,8 @@ SUBSTITUTES = ("relu", "fatrelu", "relu2", "drelu")  # rules that are another fu
 # Tensors of a predictor by family, in the order in which the ops take them. What a checkpoint stores:
 PREDICTORS = {
     "lowrank": ("w1", "s1", "w2", "s2", "bias"),
-    "lowbit": ("gate_codes", "gate_scale", "up_codes", "up_scale", "weight", "bias"),
-    "lowbit_up": ("up_codes", "up_scale", "weight", "bias"),  # of a plain FFN
+    "lowbit": ("gate_codes", "gate_scales", "up_codes", "up_scales", "weight", "bias"),
+    "lowbit_up": ("up_codes", "up_scales", "weight", "bias"),  # of a plain FFN
 }
 GIVEN = {"given": ("mask",)}  # a mask that was known before the call, in a predictor's place
 # Those that no op computes yet (simulated.py): masks on a dense model only.
@@ -106,7 +106,8 @@ def predictor_shapes(predictor: list[Tensor], hidden: int, neurons: int) -> list
         rank = len(predictor[0])
         return [((rank, hidden), torch.int8), ((rank,), torch.float32), ((neurons, rank), torch.int8), vector, vector]
     codes = ((neurons, -(-hidden * code_bits(predictor[0], hidden) // 8)), torch.uint8)
-    return [codes, vector] * (2 if family == "lowbit" else 1) + [vector, vector]
+    scales = ((2, neurons), torch.float32)
+    return [codes, scales] * (2 if family == "lowbit" else 1) + [vector, vector]
 
 
 def pack_mask(keep: Tensor) -> Tensor:
@@ -133,37 +134,46 @@ def lowbit_scores(
     x: Tensor,
     act: Callable[[Tensor], Tensor],
     gate_codes: Tensor,
-    gate_scale: Tensor,
+    gate_scales: Tensor,
     up_codes: Tensor,
-    up_scale: Tensor,
+    up_scales: Tensor,
     weight: Tensor,
     bias: Tensor,
 ) -> Tensor:
-    """`score = weight * sqrt(abs(act(gate2 @ x8) * (up2 @ x8))) + bias`: the FFN on copies of its weights, 2 bits or 1.
+    """`score = weight * E[a^2]^(1/4) + bias`: the FFN on copies of its weights, 2 bits or 1, that are known to err.
 
-    x8 is x rounded to int8 with a scale per row, so the products are sums of integers: exact, in any order.
+    `g = gate2 @ x8` and `u = up2 @ x8` have the standard deviations `s = s_gate * norm(x8)` and `r = s_up * norm(x8)`,
+    so the mean square of `a = act(g) * u` is about `(act(g + s)^2 + act(g - s)^2) / 2 * (u^2 + r^2)`: a neuron whose
+    copies say little is not taken as off. x8 is x rounded to int8 with a scale per row, so the products are sums of
+    integers: exact, in any order.
 
-    Args: x `[N, D]`; codes `[F, ceil(D * bits / 8)]` uint8 as `unpack_codes` reads them; scales, weight and bias `[F]`
-        fp32.
+    Args: x `[N, D]`; codes `[F, ceil(D * bits / 8)]` uint8 as `unpack_codes` reads them; scales `[2, F]` fp32, of the
+        codes and of their errors (s_gate, s_up); weight and bias `[F]` fp32.
     """
-    gate, up = _lowbit_products(x, (gate_codes, gate_scale), (up_codes, up_scale))
-    return weight * (act(gate) * up).abs().sqrt() + bias
+    (g, s), (u, r) = _lowbit_products(x, (gate_codes, gate_scales), (up_codes, up_scales))
+    return weight * (_mean_square(act, g, s) * (u * u + r * r)).sqrt().sqrt() + bias
 
 
 def lowbit_up_scores(
-    x: Tensor, act: Callable[[Tensor], Tensor], up_codes: Tensor, up_scale: Tensor, weight: Tensor, bias: Tensor
+    x: Tensor, act: Callable[[Tensor], Tensor], up_codes: Tensor, up_scales: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """`score = weight * sqrt(abs(act(up2 @ x8))) + bias`: `lowbit_scores` of a plain FFN; tensors as there."""
-    (up,) = _lowbit_products(x, (up_codes, up_scale))
-    return weight * act(up).abs().sqrt() + bias
+    """`lowbit_scores` of a plain FFN, `a = act(up2 @ x8)`; tensors as there."""
+    ((u, r),) = _lowbit_products(x, (up_codes, up_scales))
+    return weight * _mean_square(act, u, r).sqrt().sqrt() + bias
 
 
-def _lowbit_products(x: Tensor, *copies: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """fp32 `[..., F]` of each copy, codes and scales, with x rounded to int8."""
+def _mean_square(act: Callable[[Tensor], Tensor], g: Tensor, s: Tensor) -> Tensor:
+    """Of `act` of a normal variable, by the two points that have its mean g and its standard deviation s."""
+    return (act(g + s).square() + act(g - s).square()) / 2
+
+
+def _lowbit_products(x: Tensor, *copies: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Product and error, fp32 `[..., F]`, of each copy, codes and scales, with x rounded to int8."""
     top = x.float().abs().amax(-1, keepdim=True)
     x8 = torch.where(top > 1e-30, x.float() * (top.reciprocal() * 127), 0.0).round()
     step = top * (1 / 127)
-    return [x8 @ unpack_codes(codes, x.shape[-1]).T * step * scale for codes, scale in copies]
+    norm = x8.square().sum(-1, keepdim=True).sqrt() * step
+    return [(x8 @ unpack_codes(codes, x.shape[-1]).T * step * scale, norm * error) for codes, (scale, error) in copies]
 
 
 def code_bits(codes: Tensor, columns: int) -> int:

@@ -80,7 +80,7 @@ def plan(
         launches.append(Launch(hidden_kernel, (r,), (x, w1, s1, hidden, d, r), {"N": n, "COLUMNS": width}, options))
         score = (hidden, w2, s2, *(None,) * 8, bias, None)
     elif lowbit:
-        rounded = empty(n, planes * r, dtype=torch.int8), empty(n), empty(n, dtype=torch.int32)
+        rounded = empty(n, planes * r, dtype=torch.int8), empty(n, 2), empty(n, dtype=torch.int32)
         launches.append(Launch(round_kernel, (n,), (x, *rounded, d), {"PLANES": planes, "COLUMNS": width}, options))
         codes = predictor if family == "lowbit" else [*predictor[:2], None, None, *predictor[2:]]
         score = (None, None, None, *rounded, *codes, None)

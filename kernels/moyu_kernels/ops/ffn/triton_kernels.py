@@ -20,7 +20,7 @@ from .triton_select import activate, fused_sum, parts, select_lowbit, select_low
 @triton.jit
 def gate_up_kernel(
     x_ptr, gate_ptr, up_ptr, shift_ptr, scales_ptr, threshold_ptr, hidden_ptr, w2_ptr, s2_ptr,
-    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
+    x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, weight_ptr, bias_ptr,
     mask_ptr, keys_ptr, values_ptr, neurons_ptr, lengths_ptr, tallies_ptr, tickets_ptr, F, D, R, TILES,
     ACT: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PLANES: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr, AHEAD: tl.constexpr, CODES: tl.constexpr,
@@ -31,12 +31,13 @@ def gate_up_kernel(
 
     x `[N, D]`; gate, up `[F, D]`, of a plain FFN up in gate's place and None; shift: gate's bias `[F]` or None; scales
     fp32 of int8 rows, `[F]` of each matrix, down's last, or None; threshold `[F]` fp32. Predictor, all None where all
-    neurons are selected: hidden `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, step and sums
+    neurons are selected: hidden `[N, R]` from `hidden_kernel`, w2 `[F, R]` int8, s2 `[F]` fp32; or x8, steps and sums
     from `round_kernel`, codes `[F, R]` uint8 with R = ceil(D / PLANES), or a quarter of it in `select_lowbit`'s words,
-    scales and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]` int32 or
-    None: under "topk" no threshold is applied, all values are written beside what they are ranked by, and `triton_topk`
-    goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held. PARTS: columns to an accumulator. GROUP,
-    AHEAD, EVEN_CODES: of `select_lowbit`, which reads CODES at once, and `select_lowrank` four times as many bytes.
+    scales `[2, F]` and weight `[F]` fp32; and bias `[F]` fp32. Or mask `[F]` uint8, bit n for row n. keys `[N, F]`
+    int32 or None: under "topk" no threshold is applied, all values are written beside what they are ranked by, and
+    `triton_topk` goes on. EVEN: D is a multiple of COLUMNS * STEPS, so no mask is held. PARTS: columns to an
+    accumulator. GROUP, AHEAD, EVEN_CODES: of `select_lowbit`, which reads CODES at once, and `select_lowrank` four
+    times as many bytes.
     Out: values `[N, F]` fp32, written where selected, times down's scales but where keys are; neurons `[F]` int32, the
     first `lengths[b]` entries of each block; lengths `[B]` int32; tallies `[2, N, B]` int32, selected and kept; tickets
     `[C]` int32, zeroed here for `down_kernel` so that no call needs a memset or finds a stale ticket.
@@ -52,7 +53,7 @@ def gate_up_kernel(
         wanted = select_lowrank(hidden_ptr, w2_ptr, s2_ptr, bias_ptr, f, F, R, N, 4 * CODES // BLOCK, AHEAD)
     elif x8_ptr is not None:
         wanted = select_lowbit(
-            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr,
+            x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, weight_ptr,
             bias_ptr, shift_ptr, f, F, R, PLANES, PACKED, ACT, N, GROUP, CODES // BLOCK, AHEAD, EVEN_CODES,
         )  # fmt: skip
     elif mask_ptr is not None:

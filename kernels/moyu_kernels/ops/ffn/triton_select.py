@@ -82,11 +82,11 @@ def hidden_kernel(x_ptr, w1_ptr, s1_ptr, hidden_ptr, D, R, N: tl.constexpr, COLU
 
 
 @triton.jit
-def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
+def round_kernel(x_ptr, x8_ptr, steps_ptr, sums_ptr, D, PLANES: tl.constexpr, COLUMNS: tl.constexpr):
     """x rounded to int8 with a step per row, one row per program, as `naive.lowbit_scores` defines it.
 
-    x `[N, D]`; PLANES codes to a byte. Out: x8 `[N, PLANES * ceil(D / PLANES)]` int8, zero from column D on; step `[N]`
-    fp32, NaN for a row that is not finite; sums `[N]` int32 of x8.
+    x `[N, D]`; PLANES codes to a byte. Out: x8 `[N, PLANES * ceil(D / PLANES)]` int8, zero from column D on; steps
+    `[N, 2]` fp32: the step, NaN for a row that is not finite, and the norm of x8 times it; sums `[N]` int32 of x8.
     """
     n = tl.program_id(0).to(tl.int64)
     width = tl.cdiv(D, PLANES) * PLANES
@@ -101,6 +101,7 @@ def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, PLANES: tl.constexpr, COL
     largest = tl.max(top, 0)
     inverse = tl.where(largest > 1e-30, tl.div_rn(1.0, tl.maximum(largest, 1e-30)) * 127.0, 0.0)
     total = tl.zeros([COLUMNS], tl.int32)
+    squares = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, width, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         x = tl.load(x_ptr + n * D + d, mask=d < D, other=0.0).to(tl.float32)
@@ -108,7 +109,10 @@ def round_kernel(x_ptr, x8_ptr, step_ptr, sums_ptr, D, PLANES: tl.constexpr, COL
         rounded = ((scaled + 12582912.0) - 12582912.0).to(tl.int32)  # 1.5 * 2^23: to the nearest, ties to even
         tl.store(x8_ptr + n * width + d, rounded.to(tl.int8), mask=d < width)
         total += rounded
-    tl.store(step_ptr + n, tl.where(tl.sum(bad, 0) > 0, float("nan"), largest * (1.0 / 127.0)))
+        squares += rounded * rounded
+    step = tl.where(tl.sum(bad, 0) > 0, float("nan"), largest * (1.0 / 127.0))
+    tl.store(steps_ptr + 2 * n, step)
+    tl.store(steps_ptr + 2 * n + 1, tl.sqrt_rn(tl.sum(squares, 0).to(tl.float32)) * step)
     tl.store(sums_ptr + n, tl.sum(total, 0))
 
 
@@ -131,11 +135,12 @@ def _dot4(a, b, acc, PACKED: tl.constexpr):
 
 @triton.jit
 def _products(
-    x8_ptr, step_ptr, sums_ptr, codes_ptr, scale_ptr, f, F, Q,
+    x8_ptr, steps_ptr, sums_ptr, codes_ptr, scales_ptr, f, F, Q,
     PLANES: tl.constexpr, PACKED: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     AHEAD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """ROWS times `[BLOCK]` fp32: a row of x, from FIRST on, times the weights of neurons `f`, PLANES to a byte.
+    """Twice ROWS times `[BLOCK]` fp32: a row of x, from FIRST on, times the weights of neurons `f`, PLANES to a byte,
+    and how far that is off.
 
     Sums are of integers.
     """
@@ -167,29 +172,32 @@ def _products(
                         total = _dot4((code >> BITS * k) & (TOP * 0x01010101), x, total, PACKED)
                 new += (total,)
             acc = new
-    scale = tl.load(scale_ptr + f, mask=f < F, other=0.0)
+    scale = tl.load(scales_ptr + f, mask=f < F, other=0.0)
+    error = tl.load(scales_ptr + F + f, mask=f < F, other=0.0)
     found = ()
+    errors = ()
     for row in tl.static_range(ROWS):
         dots = 2 * tl.sum(acc[row], 1) - TOP * tl.load(sums_ptr + FIRST + row)
-        found += (dots.to(tl.float32) * tl.load(step_ptr + FIRST + row) * scale,)
-    return found
+        found += (dots.to(tl.float32) * tl.load(steps_ptr + 2 * (FIRST + row)) * scale,)
+        errors += (tl.load(steps_ptr + 2 * (FIRST + row) + 1) * error,)
+    return found, errors
 
 
 @triton.jit
 def _select_rows(
-    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight, bias,
+    x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, shift_ptr, weight, bias,
     f, F, Q,
     PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr,
     WIDTH: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """`select_lowbit` for ROWS rows of x from FIRST on."""
-    gates = _products(
-        x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
+    gates, gate_errors = _products(
+        x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
         AHEAD, EVEN,
     )  # fmt: skip
     if up_codes_ptr is not None:
-        ups = _products(
-            x8_ptr, step_ptr, sums_ptr, up_codes_ptr, up_scale_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
+        ups, up_errors = _products(
+            x8_ptr, steps_ptr, sums_ptr, up_codes_ptr, up_scales_ptr, f, F, Q, PLANES, PACKED, FIRST, ROWS, WIDTH,
             AHEAD, EVEN,
         )  # fmt: skip
     wanted = tl.zeros([f.shape[0]], tl.int32)
@@ -197,17 +205,19 @@ def _select_rows(
         g = gates[row]
         if shift_ptr is not None:
             g += tl.load(shift_ptr + f, mask=f < F, other=0.0).to(tl.float32)
-        a = activate(g, ACT)
+        above = activate(g + gate_errors[row], ACT)
+        below = activate(g - gate_errors[row], ACT)
+        square = (above * above + below * below) * 0.5
         if up_codes_ptr is not None:
-            a *= ups[row]
-        score = weight * tl.sqrt_rn(tl.abs(a)) + bias
+            square *= ups[row] * ups[row] + up_errors[row] * up_errors[row]
+        score = weight * tl.sqrt_rn(tl.sqrt_rn(square)) + bias
         wanted |= (score > 0).to(tl.int32) << (FIRST + row)
     return wanted
 
 
 @triton.jit
 def select_lowbit(
-    x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, weight_ptr, bias_ptr,
+    x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, weight_ptr, bias_ptr,
     shift_ptr, f, F, Q,
     PLANES: tl.constexpr, PACKED: tl.constexpr, ACT: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr,
     WIDTH: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
@@ -224,13 +234,13 @@ def select_lowbit(
     wanted = tl.zeros([f.shape[0]], tl.int32)
     for first in tl.static_range(0, N // GROUP * GROUP, GROUP):
         wanted |= _select_rows(
-            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight,
-            bias, f, F, Q, PLANES, PACKED, ACT, first, GROUP, WIDTH, AHEAD, EVEN,
+            x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, shift_ptr,
+            weight, bias, f, F, Q, PLANES, PACKED, ACT, first, GROUP, WIDTH, AHEAD, EVEN,
         )  # fmt: skip
     if N % GROUP > 0:
         wanted |= _select_rows(
-            x8_ptr, step_ptr, sums_ptr, gate_codes_ptr, gate_scale_ptr, up_codes_ptr, up_scale_ptr, shift_ptr, weight,
-            bias, f, F, Q, PLANES, PACKED, ACT, N // GROUP * GROUP, N % GROUP, WIDTH, AHEAD, EVEN,
+            x8_ptr, steps_ptr, sums_ptr, gate_codes_ptr, gate_scales_ptr, up_codes_ptr, up_scales_ptr, shift_ptr,
+            weight, bias, f, F, Q, PLANES, PACKED, ACT, N // GROUP * GROUP, N % GROUP, WIDTH, AHEAD, EVEN,
         )  # fmt: skip
     return tl.where(f < F, wanted, 0)
 
