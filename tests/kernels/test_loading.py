@@ -13,7 +13,7 @@ from moyu_kernels.checkpoint import FORMAT_VERSION, CheckpointError
 from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import Seam
 from predictors import FAMILIES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sparse_checkpoints import NEURONS, tiny_llama, write_manifest
 from transformers import (
     AutoModelForCausalLM,
@@ -167,6 +167,25 @@ def test_other_format_version(checkpoint: Factory) -> None:
     reseal(folder)
     with pytest.raises(CheckpointError, match=f"format version {FORMAT_VERSION + 2}"):
         from_pretrained(folder)
+
+
+def test_copies_of_before_version_8_are_taken_as_exact(checkpoint: Factory) -> None:
+    folder, ids = checkpoint(family="lowbit"), torch.randint(128, (1, 4))
+    told = from_pretrained(folder)(ids).logits
+    file = folder / "moyu/state.safetensors"
+    state = load_file(file)
+    scales = [name for name in state if name.endswith("_scales")]
+    assert len(scales) == 2 * 2
+    for name in scales:
+        state[name][1] = 0
+    save_file(state, file)
+    reseal(folder)
+    exact = from_pretrained(folder)(ids).logits
+    assert not torch.equal(exact, told)
+    old = {name.removesuffix("s"): state.pop(name)[0].clone() for name in scales}
+    save_file(state | old, file)
+    reseal(folder)
+    assert torch.equal(from_pretrained(folder)(ids).logits, exact)
 
 
 def test_missing_state_and_block(checkpoint: Factory) -> None:
