@@ -132,7 +132,7 @@ def _sweep(levels: Tensor, weight: Tensor, moment: Tensor, bits: int) -> None:
             column = _nearest(levels[:, i] + near[:, i - start] / (scale * moment[i, i]), bits)
             moves[:, i - start] = (column - levels[:, i]) * scale
             levels[:, i] = column
-            near -= torch.outer(moves[:, i - start], moment[i, start:end])
+            near[:, i - start + 1 :] -= torch.outer(moves[:, i - start], moment[i, i + 1 : end])
         gradient -= moves @ moment[start:end]
 
 
