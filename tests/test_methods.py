@@ -196,6 +196,16 @@ def test_lowbit_predicts_contributions_in_units_of_their_mean() -> None:
     assert kept > 0.93 > 0.85 > fixed
 
 
+def test_a_neuron_of_zeros_is_copied_as_such() -> None:
+    x = correlated(300, 16) / 1e6
+    weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    levels, scales = round_weight(weight, (x.T @ x / len(x)).double())
+    assert levels.abs().unique().tolist() == [1, 3]
+    assert (scales[:, 1] == 0).all()
+    assert (scales[:, [0, 2]] > 0).all()
+
+
 def test_scores_allow_for_what_copies_miss() -> None:
     """1-bit copies of few of the directions that x takes: neurons are better chosen with their errors than without."""
     block = find_blocks(tiny_model())[0]

@@ -123,13 +123,14 @@ def _sweep(levels: Tensor, weight: Tensor, moment: Tensor, bits: int) -> None:
 
     moment: fp32 `[D, D]`.
     """
-    scale = _best_scale(levels, weight, moment).clamp_min(1e-30)
+    scale = _best_scale(levels, weight, moment)  # 0 of a row of zeros, whose gradient is 0 too
     gradient = (weight - levels * scale[:, None]) @ moment  # half of it, negative
     for start in range(0, weight.shape[1], COLUMNS):
         end = min(start + COLUMNS, weight.shape[1])
         near, moves = gradient[:, start:end].clone(), torch.empty_like(weight[:, start:end])
         for i in range(start, end):
-            column = _nearest(levels[:, i] + near[:, i - start] / (scale * moment[i, i]), bits)
+            step = near[:, i - start] / (scale * moment[i, i]).clamp_min(1e-36)
+            column = _nearest(levels[:, i] + step, bits)
             moves[:, i - start] = (column - levels[:, i]) * scale
             levels[:, i] = column
             near[:, i - start + 1 :] -= torch.outer(moves[:, i - start], moment[i, i + 1 : end])
