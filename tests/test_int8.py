@@ -55,7 +55,7 @@ def test_the_stages_agree(run: Path) -> None:
     assert (result["weights"], result["dtype"], exported["weights"]) == ("int8", "bfloat16", "int8")
     ffn = 3 * 96 * (64 + 4) + 4 * 64
     assert result["weights_over_dtype"] == pytest.approx(ffn / (3 * 96 * 64 * 2))
-    predictor = 2 * 96 * 16 + 4 * 4 * 96
+    predictor = 2 * 96 * 16 + 6 * 4 * 96
     assert result["predictor_bytes_share"] == pytest.approx(predictor / ffn)
     tuned = load_dense(run / "finetune" / "model")
     trained = ffn_sha256(tuned)
