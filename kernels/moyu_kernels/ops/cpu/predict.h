@@ -159,7 +159,7 @@ inline int64_t plane_of(int64_t d, int64_t planes) {
 }
 
 // x [d] in plain order: its rounded values into out [planes, plane], their sum and, times the step, their norm; returns
-// the step.
+// the step. Both are NaN, which selects no neuron, where x is not finite.
 inline float round_row(const float* x, int64_t d, int64_t planes, int8_t* out, int32_t& sum, float& norm) {
   const int64_t bytes = (d + planes - 1) / planes, plane = plane_of(d, planes);
   float top = 0.0f;
