@@ -47,6 +47,11 @@ def gate_up_down(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return gate, up, down
 
 
+def side_by_side(matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of matrices `[F, D]` as views of one `[F, matrices, D]`: the rows of a neuron follow each other."""
+    return torch.stack(tuple(matrices), dim=1).unbind(1)
+
+
 class SparseModule(nn.Module):
     """What runs in a mode and on a backend, and keeps the dtypes of its buffers under `.to(dtype)`."""
 
@@ -79,7 +84,8 @@ class SparseFFN(SparseModule):
 
     Up to 8 tokens run the op (a decode step), more of them dense matmuls with the rule's exact mask (prefill), on
     one copy of the weights. The parameters keep their names, shapes and values, so the state dict is the stock one;
-    only the memory layout changes, to `[F, D]` with the neurons contiguous.
+    only the memory layout changes, to `[F, D]` with the neurons contiguous, and with a predictor on the backend "cpu"
+    to `[F, matrices, D]` where gate, up and down are a parameter each, since the rows of a neuron are read together.
 
     Args:
         projections: name and projection of each of the layout's, those in front of the activation first.
@@ -100,6 +106,7 @@ class SparseFFN(SparseModule):
     """
 
     gated: ClassVar[bool]
+    apart = False  # the matrices stay each by itself, on any backend
     compensation: Compensation | None  # added in all modes but "dense"
     threshold: Tensor
     no_threshold: Tensor
@@ -140,8 +147,30 @@ class SparseFFN(SparseModule):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """gate (where there is one), up and down, each contiguous `[F, D]`."""
+        """gate (where there is one), up and down, each `[F, D]` with contiguous rows."""
         raise NotImplementedError
+
+    def _keep(self, rows: Sequence[Tensor]) -> None:
+        """Have these tensors, of the same values, in the places of `weights`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _lay_out(self) -> None:
+        """Put the weights in memory as the backend reads them fastest."""
+        rows = self.weights
+        if not self._predictor or self.backend != "cpu" or self.apart:
+            self._keep([matrix.contiguous() for matrix in rows])
+        elif rows[0].stride(0) != len(rows) * self.hidden:
+            self._keep(side_by_side(rows))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._lay_out()  # of which a copy in another dtype or place keeps nothing
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._lay_out()  # nor does copy.deepcopy
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -198,6 +227,7 @@ class SparseFFN(SparseModule):
                 raise ValueError(f"rule {self.rule!r} has no triton op yet; use the backend cpu or reference")
             self.backend = resolved
             self._run = self._op()
+            self._lay_out()
         return self
 
     def _op(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -277,10 +307,17 @@ class SparseGatedFFN(SparseFFN):
 
     def _store(self, projections: dict[str, Any]) -> None:
         self._names = tuple(projections)
-        down = projections[self._names[-1]]
-        down.weight.data = down.weight.data.t().contiguous().t()
+        self.apart = len(projections) == 2  # gate and up are one parameter
         for name, projection in projections.items():
             self.add_module(name, projection)
+        self.register_state_dict_post_hook(_apart)
+
+    def _keep(self, rows: Sequence[Tensor]) -> None:
+        *front, down = (getattr(self, name).weight for name in self._names)
+        down.data = rows[-1].t()
+        if not self.apart:
+            for parameter, matrix in zip(front, rows[:-1], strict=True):
+                parameter.data = matrix
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
@@ -297,6 +334,12 @@ class SparseGatedFFN(SparseFFN):
 
     def _down(self, a: Tensor) -> Tensor:
         return functional.linear(a, self.weights[-1].t())
+
+
+def _apart(block: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Weights that lie side by side as tensors of their own, which is how they are saved."""
+    for name in block._names:
+        state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"].contiguous()
 
 
 class Linear(nn.Module):

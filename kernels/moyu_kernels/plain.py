@@ -4,6 +4,7 @@ Some families have the projections of a plain FFN among the attention's in a dec
 FFN alone. In the places of up, activation and down of any of them stand the whole FFN and two that do nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as functional
@@ -31,6 +32,7 @@ class SparsePlainFFN(SparseFFN):
     """
 
     gated = False
+    apart = True  # down's weight is a parameter of another module, which may move by itself
     weight: Tensor
     bias: Tensor | None
 
@@ -50,9 +52,6 @@ class SparsePlainFFN(SparseFFN):
 
     def _store(self, projections: dict[str, Any]) -> None:
         up, down = projections.values()
-        for projection, straight in zip((up, down), self._straight, strict=True):
-            weight = projection.weight.data
-            projection.weight.data = weight.contiguous() if straight else weight.t().contiguous().t()
         self.weight, self.bias = up.weight, up.bias
         self._passed_on = (PassedOn(down.weight, down.bias),)  # in a tuple: its parameters are those of another place
 
@@ -63,8 +62,11 @@ class SparsePlainFFN(SparseFFN):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """up and down, each contiguous `[F, D]`."""
+        """up and down, each `[F, D]` with contiguous rows."""
         return self._neuron_rows([self.weight, self.passed_on.weight])
+
+    def _keep(self, rows: Sequence[Tensor]) -> None:
+        self.weight.data, self.passed_on.weight.data = self._neuron_rows([*rows])  # which is its own inverse
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:

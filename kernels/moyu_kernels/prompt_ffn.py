@@ -111,7 +111,8 @@ class PromptFFN(SparseFFN):
             self.mask.copy_(mask)
             return
         if not self._rows:  # made once, since compiled steps hold on to them; memory is taken as rows are written
-            self._rows = [torch.empty_like(weight) for weight in self.weights]
+            size = (self.neurons, len(self.weights), self.hidden)
+            self._rows = [*self.weights[0].new_empty(size).unbind(1)]  # as `side_by_side` has them
             self._vectors = list(self.vectors)
             self._vectors[::2] = [v if v is None else torch.empty_like(v) for v in self.vectors[::2]]
         index = mask.nonzero()[:, 0]

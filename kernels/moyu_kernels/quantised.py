@@ -1,6 +1,6 @@
 """The sparse FFN blocks on int8 weights: each row that is read has half the bytes of bf16."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Int8Rows(SparseFFN):
     Raises: ValueError also for weights that are not finite.
     """
 
+    apart = False
     scales: Tensor
     columns: Tensor
 
@@ -35,14 +36,18 @@ class Int8Rows(SparseFFN):
         rounded = [*map(quantise_rows, front), down_rows]
         self._codes = ("gate_codes", "up_codes", "down_codes")[-len(rows) :]
         for name, (codes, _) in zip(self._codes, rounded, strict=True):
-            self.register_buffer(name, codes.contiguous(), persistent=False)
+            self.register_buffer(name, codes, persistent=False)
         self.register_buffer("scales", torch.stack([scale for _, scale in rounded]), persistent=False)
         self.register_buffer("columns", columns, persistent=False)
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """Codes of gate (where there is one), up and down, each contiguous int8 `[F, D]`."""
+        """Codes of gate (where there is one), up and down, each int8 `[F, D]` with contiguous rows."""
         return tuple(getattr(self, name) for name in self._codes)
+
+    def _keep(self, rows: Sequence[Tensor]) -> None:
+        for name, codes in zip(self._codes, rows, strict=True):
+            setattr(self, name, codes)
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:

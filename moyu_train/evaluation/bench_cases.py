@@ -54,6 +54,8 @@ def cache_bytes(device: torch.device) -> int:
 class Weights:
     """Copies of random FFN weights: gate, up and down of each are contiguous `[F, D]`, in int8 with their scales.
 
+    On a CPU the same numbers are there once more as a block with a predictor stores them.
+
     Raises: MoyuError where the memory does not hold as many as it takes.
     """
 
@@ -64,7 +66,7 @@ class Weights:
         self.count = count + (count % INPUTS == 0)
         on_gpu = device.type == "cuda"
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-        need = self.count * self.bytes + 2**31
+        need = self.count * self.bytes * (1 if on_gpu else 2) + 2**31
         if need > free:
             raise MoyuError(
                 f"{self.count} copies of the weights, {COLD} times the last-level cache, and the rest take "
@@ -79,11 +81,17 @@ class Weights:
             self.columns = torch.ones(d, device=device)
         self.copies = torch.empty(self.count, 3, f, d, dtype=dtype, device=device)
         self.copies[:] = first.to(dtype)
+        self.stored = self.copies if on_gpu else self.copies.transpose(1, 2).contiguous().transpose(1, 2)
         factors = (1.0, 1.0) if self.scales is None else self.scales[:2, :, None]
         self.gate, self.up = (self.copies[0, i].float() * factors[i] for i in range(2))
 
     def __getitem__(self, copy: int) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, down = self.copies[copy]
+        return gate, up, down
+
+    def as_stored(self, copy: int, predictor: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As a block with this predictor, or with none, has its rows in memory."""
+        gate, up, down = self.stored[copy] if predictor else self.copies[copy]
         return gate, up, down
 
 
@@ -260,7 +268,8 @@ class Case:
         constant = sum(t.numel() * t.element_size() for t in (threshold, *predictor)) + self._scale_bytes(3)
 
         def call(copy: int, i: int) -> Any:
-            return self.gated_ffn(self.calls[i], *self.weights[copy], threshold, "silu", predictor, rule, keep, *int8)
+            weights = self.weights.as_stored(copy, predictor)
+            return self.gated_ffn(self.calls[i], *weights, threshold, "silu", predictor, rule, keep, *int8)
 
         moved = (self.row * (gates + selected + union).double() + constant).tolist()
         return Setting(

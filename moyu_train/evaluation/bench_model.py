@@ -124,7 +124,7 @@ def decode_rows(found: list[dict[str, Any]], settings: Bench, device: torch.devi
 
 
 def random_models(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """One model dense, and for our runner, by setting; on the same parameters but for the sparse one's down.
+    """One model dense, and for our runner, by setting; on the same parameters but for the sparse one's FFN.
 
     dtype: int8 has the FFN of a bfloat16 model in int8 rows, and a dense one of these beside the sparse one.
     """
@@ -149,9 +149,10 @@ def random_models(shape: Shape, dtype: torch.dtype, device: torch.device) -> tup
     dense_runner, sparse = (copy.deepcopy(dense, {id(parameter): parameter for parameter in shared}) for _ in range(2))
     for block in find_blocks(sparse):
         mlp: Any = block.module
-        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.clone(), requires_grad=False)
         predictor = random_predictor(FAMILY, shape.hidden, shape.neurons, itemsize)
         projections = {name: getattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
+        for projection in projections.values():  # which the sparse block stores otherwise
+            projection.weight = nn.Parameter(projection.weight.detach().clone(), requires_grad=False)
         ffn = kind(projections, "silu", torch.zeros(shape.neurons), predictor, backend="auto")
         parent, _, name = block.path.rpartition(".")
         setattr(sparse.get_submodule(parent), name, ffn)

@@ -114,7 +114,7 @@ def test_a_model_decodes_and_saves_what_its_rows_stand_for(checkpoint: Factory, 
     assert isinstance(ffn, Int8PlainFFN)
     names = {f"{block['path']}.{block[part]}.weight" for block in blocks for part in ("up", "down")}
     assert names.isdisjoint(name for name, _ in model.named_parameters())
-    assert all(weight.dtype == torch.int8 and weight.is_contiguous() for weight in ffn.weights)
+    assert all(weight.dtype == torch.int8 and weight.stride(1) == 1 for weight in ffn.weights)
     ids = torch.randint(128, (1, 9))
     stored = from_pretrained(folder, dtype=torch.float32)
     logits = model(ids).logits

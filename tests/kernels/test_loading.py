@@ -85,7 +85,7 @@ def test_to_dtype_keeps_the_state(checkpoint: Factory, family: str) -> None:
     before = [t.clone() for t in (ffn.threshold, *ffn.predictor)]
     model.to(torch.bfloat16).to(torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(before, (ffn.threshold, *ffn.predictor), strict=True))
-    assert all(weight.is_contiguous() and weight.dtype == torch.float16 for weight in ffn.weights)
+    assert all(weight.stride(1) == 1 and weight.dtype == torch.float16 for weight in ffn.weights)
     model(torch.randint(128, (1, 4)))
 
 

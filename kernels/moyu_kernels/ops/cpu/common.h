@@ -64,7 +64,8 @@ std::string text_of(std::initializer_list<int64_t> shape) {
   return text.str();
 }
 
-void check(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
+void check_kind(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                ScalarType dtype) {
   bool same = t.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
   REQUIRE(same, op, ": ", name, " has shape ", shape_of(t), ", expected ", text_of(shape),
@@ -72,15 +73,43 @@ void check(const char* op, const char* name, const Tensor& t, std::initializer_l
           "weights; pass tensors of one FFN block");
   REQUIRE(t.scalar_type() == dtype, op, ": ", name, " is ", dtype_name(t.scalar_type()), ", expected ",
           dtype_name(dtype), "; convert it with .to()");
+}
+
+void check(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  check_kind(op, name, t, shape, dtype);
   REQUIRE(t.is_contiguous(), op, ": ", name, " ", shape_of(t),
           " is not contiguous; the kernel reads whole rows, so store it "
           "contiguous once instead of passing a view");
+}
+
+// Of weights [neurons, d]: their rows may lie apart.
+void check_rows(const char* op, const char* name, const Tensor& t, int64_t neurons, int64_t d, ScalarType dtype) {
+  check_kind(op, name, t, {neurons, d}, dtype);
+  REQUIRE((d == 1 || t.stride(1) == 1) && (neurons == 1 || t.stride(0) >= d), op, ": ", name, " ", shape_of(t),
+          " has rows that are not contiguous; the kernel reads whole rows, so store it [F, D] instead of passing a view");
 }
 
 void check_input(const char* op, const Tensor& x) {
   REQUIRE(x.dim() == 2 && x.size(0) >= 1 && x.size(0) <= MAX_ROWS && x.size(1) >= 1, op, ": x has shape ", shape_of(x),
           ", expected [N, D] with N from 1 to ", MAX_ROWS, "; use the dense matmul for more rows");
 }
+
+// fp32 memory from the start of a cache line on: a vector that crosses two lines is read twice.
+class Scratch {
+ public:
+  // What was in it may be lost.
+  float* take(int64_t count) {
+    const size_t needed = (count * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
+    if (lines_.size() < needed) lines_.resize(needed);
+    return reinterpret_cast<float*>(lines_.data());
+  }
+
+ private:
+  struct alignas(LINE) Line {
+    char bytes[LINE];
+  };
+  std::vector<Line> lines_;
+};
 
 template <class T>
 T* data(const Tensor& t) {
@@ -152,8 +181,11 @@ void widen_input(const Tensor& x, float* out, int64_t stride) {
 template <class W>
 struct Matrix {
   const W* rows;
+  int64_t step;                 // elements from row to row
   const float* scale;           // [rows] for int8, else not used
   const float* bias = nullptr;  // [rows] or none
+
+  const W* row(int64_t i) const { return rows + i * step; }
 
   // A row's output, of its dot product.
   float output(float dot, int64_t row) const { return bias ? scaled(dot, row) + bias[row] : scaled(dot, row); }
@@ -176,11 +208,11 @@ int64_t lookahead_rows(int64_t d) {
   return std::max<int64_t>(2, LOOKAHEAD / (d * static_cast<int64_t>(sizeof(W))));
 }
 
-// Rows row .. row + M of a matrix; those past its end repeat the last one.
+// Rows row .. row + M of a matrix, `step` elements apart; those past its end repeat the last one.
 template <int M, class W>
-Rows<W, M> rows_from(const W* base, int64_t d, int64_t row, int64_t end) {
+Rows<W, M> rows_from(const W* base, int64_t step, int64_t row, int64_t end) {
   Rows<W, M> rows;
-  for (int m = 0; m < M; ++m) rows.row[m] = base + std::min(row + m, end - 1) * d;
+  for (int m = 0; m < M; ++m) rows.row[m] = base + std::min(row + m, end - 1) * step;
   return rows;
 }
 
@@ -190,15 +222,16 @@ int64_t chunk_rows(int64_t d) {
   return std::max<int64_t>(1, CHUNK / (d * static_cast<int64_t>(sizeof(W))));
 }
 
-// out(row, n, dot(weight row, x[n])) for `count` rows in order; fetches ahead within the `left` rows that follow.
+// out(row, n, dot(weight row, x[n])) for `count` rows in order, `step` elements apart; fetches ahead within the `left`
+// rows that follow.
 template <class W, class Out>
-void stream_dots(const W* weight, int64_t count, int64_t left, const float* x, int64_t rows, int64_t stride, int64_t d,
-                 Out out) {
+void stream_dots(const W* weight, int64_t step, int64_t count, int64_t left, const float* x, int64_t rows,
+                 int64_t stride, int64_t d, Out out) {
   const int64_t lead = lookahead_rows<W>(d);
-  const auto later = [&](int64_t row) { return weight + std::min(row, left - 1) * d; };
+  const auto later = [&](int64_t row) { return weight + std::min(row, left - 1) * step; };
   for (int64_t row = 0; row < count; row += 2) {
     const Rows<W, 2> ahead{{later(row + lead + 0), later(row + lead + 1)}};
-    dots_tiled(rows_from<2>(weight, d, row, count), ahead, x, rows, stride, d, [&](int m, int64_t n, float value) {
+    dots_tiled(rows_from<2>(weight, step, row, count), ahead, x, rows, stride, d, [&](int m, int64_t n, float value) {
       if (row + m < count) out(row + m, n, value);
     });
   }

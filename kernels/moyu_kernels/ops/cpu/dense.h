@@ -14,9 +14,8 @@ template <class X, class W>
 void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                  const float* scales, Tensor& y) {
   const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), width = y.size(1);
-  static thread_local std::vector<float> scratch;
-  scratch.resize(rows * stride);
-  float* wide = scratch.data();
+  static thread_local Scratch scratch;
+  float* wide = scratch.take(rows * stride);
   widen_input<X, W>(x, wide, stride);
   struct Range {
     Matrix<W> weight;
@@ -33,7 +32,7 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
     const X* bias = biases.empty() ? nullptr : data<const X>(biases[layer]);
     const int64_t outputs = weights[layer].size(0);
     for (int64_t row = 0; row < outputs; row += step)
-      ranges.push_back({{weight + row * d, scales ? scales + row : nullptr},
+      ranges.push_back({{weight + row * d, d, scales ? scales + row : nullptr},
                         bias ? bias + row : nullptr,
                         out + row,
                         std::min(step, outputs - row),
@@ -49,7 +48,7 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
       const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
       range.out[n * width + row] = static_cast<X>(sum);
     };
-    stream_dots(range.weight.rows, range.count, range.left, wide, rows, stride, d, put);
+    stream_dots(range.weight.rows, d, range.count, range.left, wide, rows, stride, d, put);
   });
 }
 
@@ -83,9 +82,9 @@ void run_attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   const int64_t batch = q.size(0), heads = q.size(1), d = q.size(3), stride = padded(d);
   const int64_t groups = heads / k.size(1), positions = k.size(2);
   const int64_t mask_stride = mask.size(0) == 1 ? 0 : mask.stride(0);
-  static thread_local std::vector<float> scratch;
-  scratch.resize(batch * heads * (2 * stride + positions));
-  float *wide = scratch.data(), *acc = wide + batch * heads * stride, *scores = acc + batch * heads * stride;
+  static thread_local Scratch scratch;
+  float* wide = scratch.take(batch * heads * (2 * stride + positions));
+  float *acc = wide + batch * heads * stride, *scores = acc + batch * heads * stride;
   std::fill(wide, scores, 0.0f);
   const W* query = data<const W>(q);
   for (int64_t b = 0; b < batch; ++b)

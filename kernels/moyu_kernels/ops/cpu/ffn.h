@@ -51,19 +51,20 @@ struct Ffn {
     s.count(rows, counts, 2);
     for (int64_t n = 0; known && n < rows; ++n) counts[2 * n] = static_cast<int32_t>(s.size);
     const bool pairs = !first && !plain;
-    const W* front[] = {(first ? up : gate).rows, up.rows};
-    const int64_t lead = lookahead_rows<W>(d), group = known ? 1 : pairs ? FRONT / 2 : FRONT;
+    const Matrix<W>* front[] = {first ? &up : &gate, &up};
+    const int64_t group = known ? 1 : pairs ? FRONT / 2 : FRONT;
+    const int64_t lead = std::max(group, lookahead_rows<W>((pairs ? 3 : 2) * d));
     for (int64_t i = 0; i < s.found; i += group) {
       const int64_t size = std::min(group, s.found - i), last = s.first + s.list[i + size - 1];
       Rows<W, FRONT> now;
       Rows<W, FRONT + 2> ahead;
       float dots[FRONT][MAX_ROWS];  // gates of two neurons and their ups, or of four neurons what is read of them
       for (int64_t m = 0; !known && m < FRONT; ++m) {
-        const W* matrix = front[m / group];
-        now.row[m] = matrix + s.neuron(std::min(i + m % group, s.found - 1), after, last) * d;
-        ahead.row[m] = matrix + s.neuron(i + m % group + lead, after, last) * d;
+        const Matrix<W>* matrix = front[m / group];
+        now.row[m] = matrix->row(s.neuron(std::min(i + m % group, s.found - 1), after, last));
+        ahead.row[m] = matrix->row(s.neuron(i + m % group + lead, after, last));
       }
-      for (int m = 0; m < 2; ++m) ahead.row[FRONT + m] = sums.pending(m + 1, front[0] + last * d);
+      for (int m = 0; m < 2; ++m) ahead.row[FRONT + m] = sums.pending(m + 1, front[0]->row(last));
       if (!known)
         dots_tiled(now, ahead, x, rows, stride, d, [&](int m, int64_t n, float value) { dots[m][n] = value; });
       for (int64_t k = 0; k < size; ++k) {
@@ -75,7 +76,7 @@ struct Ffn {
           if (!(std::fabs(a[n]) >= least && a[n] != 0.0f)) s.mask[j] &= ~(1 << n);
           a[n] = down.scaled(a[n], f);
         }
-        if (s.mask[j]) sums.push(down.rows + f * d, s.mask[j], a, partial);
+        if (s.mask[j]) sums.push(down.row(f), s.mask[j], a, partial);
       }
     }
     s.count(rows, counts + 1, 2);
@@ -115,19 +116,19 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   const int64_t plane = plane_of(d, planes);
   const int64_t block = std::clamp((neurons + 64 * RANGES - 1) / (64 * RANGES) * 64, BLOCK / 4, BLOCK);
   const int64_t ranges = (neurons + block - 1) / block;
-  static thread_local std::vector<float> scratch;
+  static thread_local Scratch scratch;
   static thread_local std::vector<int32_t> range_counts;
   static thread_local std::vector<int8_t> rounded;
-  scratch.resize(rows * (2 * stride + hidden_stride + ranges * stride + (gate_first ? padded(neurons) : 0)));
   range_counts.resize(ranges * rows * 2);
-  float *wide = scratch.data(), *ordered = wide + rows * stride, *hidden = ordered + rows * stride,
-        *partial = hidden + rows * hidden_stride, *gates = partial + rows * ranges * stride;
+  float* wide = scratch.take(rows * (2 * stride + hidden_stride + ranges * stride + (gate_first ? padded(neurons) : 0)));
+  float *ordered = wide + rows * stride, *hidden = ordered + rows * stride, *partial = hidden + rows * hidden_stride,
+        *gates = partial + rows * ranges * stride;
   int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
   float steps[MAX_ROWS], norms[MAX_ROWS];
   widen_input<X, W>(x, wide, stride);
 
   const auto matrix = [&](const Tensor& rows, int64_t which) {
-    return Matrix<W>{data<const W>(rows), given.scales ? given.scales + which * neurons : nullptr};
+    return Matrix<W>{data<const W>(rows), rows.stride(0), given.scales ? given.scales + which * neurons : nullptr};
   };
   Matrix<W> front = matrix(given.gate, 0);
   front.bias = given.gate_bias;

@@ -31,7 +31,7 @@ struct GateFirst {
 
   void prepare(int64_t part) const {
     const int64_t begin = part * chunk_rows<W>(d), left = neurons - begin, count = std::min(chunk_rows<W>(d), left);
-    stream_dots(weight.rows + begin * d, count, left, x, rows, stride, d,
+    stream_dots(weight.row(begin), weight.step, count, left, x, rows, stride, d,
                 [&](int64_t j, int64_t n, float value) { row(n)[begin + j] = weight.output(value, begin + j); });
     if (!complete()) return;
     if (plain) {
@@ -39,7 +39,7 @@ struct GateFirst {
         for (int64_t f = begin; f < begin + count; ++f) row(n)[f] = gate(row(n)[f], f);
       return;
     }
-    stream_dots(up.rows + begin * d, count, left, x, rows, stride, d, [&](int64_t j, int64_t n, float value) {
+    stream_dots(up.row(begin), up.step, count, left, x, rows, stride, d, [&](int64_t j, int64_t n, float value) {
       float& a = row(n)[begin + j];
       a = gate(a, begin + j) * up.scaled(value, begin + j);
     });

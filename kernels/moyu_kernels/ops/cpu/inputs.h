@@ -22,11 +22,11 @@ void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, con
     uint8_t mask;  // bit n: row n of x keeps it
     float a[MAX_ROWS];
   };
-  static thread_local std::vector<float> wide, scratch;
+  static thread_local Scratch inputs_scratch, sums_scratch;
   static thread_local std::vector<Input> kept;
-  wide.resize(rows * width);
-  widen_input<W, float>(x, wide.data(), width);
-  scratch.resize(slabs * rows * slab);
+  float* wide = inputs_scratch.take(rows * width);
+  widen_input<W, float>(x, wide, width);
+  float* sums_of_slabs = sums_scratch.take(slabs * rows * slab);
   kept.clear();
   int32_t* total = data<int32_t>(counts);
   std::fill(total, total + rows, 0);
@@ -42,7 +42,6 @@ void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, con
   }
 
   const std::vector<Input>& all = kept;
-  float* sums_of_slabs = scratch.data();
   W* out = data<W>(y);
   for_ranges(slabs, [&](int64_t i) {
     const int64_t first = i * slab, size = std::min(slab, d - first);

@@ -83,9 +83,9 @@ std::tuple<Tensor, Tensor> gated_ffn(const Tensor& x, const Tensor& gate, const 
   Tensor y = torch::stable::new_empty(x, {x.size(0), d});
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
-    check(op, "gate", gate, {neurons, d}, stored);
-    check(op, "up", up, {neurons, d}, stored);
-    check(op, "down", down, {neurons, d}, stored);
+    check_rows(op, "gate", gate, neurons, d, stored);
+    check_rows(op, "up", up, neurons, d, stored);
+    check_rows(op, "down", down, neurons, d, stored);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);
     check_predictor(op, predictor, d, neurons, false);
     using X = decltype(type);
@@ -117,8 +117,8 @@ std::tuple<Tensor, Tensor> plain_ffn(const Tensor& x, const Tensor& up, const Te
   Tensor counts = torch::stable::new_empty(x, {x.size(0), 2}, ScalarType::Int);
   dispatch(dtype, op, [&](auto type) {
     using X = decltype(type);
-    check(op, "up", up, {neurons, d}, stored);
-    check(op, "down", down, {neurons, d}, stored);
+    check_rows(op, "up", up, neurons, d, stored);
+    check_rows(op, "down", down, neurons, d, stored);
     if (up_bias) check(op, "up_bias", *up_bias, {neurons}, dtype);
     if (down_bias) check(op, "down_bias", *down_bias, {d}, dtype);
     check(op, "threshold", threshold, {neurons}, ScalarType::Float);

@@ -174,8 +174,11 @@ inline void dots(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t stride,
   };
   int64_t i = 0;
   for (; i + STEP <= d; i += STEP) {
-    fetch_step(ahead, i);
     step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
+    // The sums go through memory here, which paces the loop: loads that run far ahead of the fetches take their places
+    // in the queue of misses, and rows then come a quarter more slowly (seen on an AMD EPYC of family 26).
+    if constexpr (A > 0 && R == 1) asm volatile("" ::: "memory");
+    fetch_step(ahead, i);
   }
   if (i < d) step(i, [&](const W* p, Vec& first, Vec& second) { load_tail(p, d - i, first, second); });
   for (int r = 0; r < R; ++r) {
