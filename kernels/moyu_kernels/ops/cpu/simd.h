@@ -159,8 +159,13 @@ template <class W, int M>
 
 // Rows of fewer bytes are read at a pace: a core that runs far ahead in them, over their ends, fills its queue of misses
 // with loads that come before what was fetched for them, and takes 1.3 times as long (D 576 in bfloat16, AMD EPYC of
-// family 26; longer rows take 1.1 times as long at a pace).
+// family 26). Longer rows take 1.1 times as long at a pace; so do int8 ones, whose widening is pace enough.
 constexpr int64_t SHORT_ROW = 2048;
+
+template <class W>
+inline bool paced(int64_t d) {
+  return sizeof(W) > 1 && d * static_cast<int64_t>(sizeof(W)) < SHORT_ROW;
+}
 
 // out[m][r] = dot(w.row[m], x[r]) over d elements; fetches the rows `ahead` while it works.
 // x: fp32 in the order of `place`, row stride `stride`, zero-padded to whole steps.
@@ -205,7 +210,7 @@ inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t r
   const auto tile = [&](auto size, auto fetched) {
     constexpr int R = decltype(size)::value;
     float values[M][R];
-    if (R == 1 && row == 0 && d * static_cast<int64_t>(sizeof(W)) < SHORT_ROW)
+    if (R == 1 && row == 0 && paced<W>(d))
       dots<R == 1>(w, fetched, x + row * stride, stride, d, values);
     else
       dots<false>(w, fetched, x + row * stride, stride, d, values);
