@@ -233,6 +233,7 @@ def test_bad_arguments_are_refused() -> None:
         ((x, gate, up[:-1], down, threshold, act, []), r"up has shape \[192, 65\], expected \[193, 65\]"),
         ((x, gate, up, down.T.contiguous(), threshold, act, []), r"down has shape \[65, 193\]"),
         ((x, gate, up, down.T.contiguous().T, threshold, act, []), "down .* has rows that are not contiguous"),
+        ((x, gate[:1].expand(193, 65), up, down, threshold, act, []), "gate .* has rows that are not contiguous"),
         ((x, gate.half(), up, down, threshold, act, []), "gate is float16, expected float32"),
         ((x.double(), gate, up, down, threshold, act, []), "x is float64, supported are bfloat16"),
         ((x, gate, up, down, threshold.bfloat16(), act, []), "threshold is bfloat16, expected float32"),

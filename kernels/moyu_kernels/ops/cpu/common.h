@@ -86,7 +86,7 @@ void check(const char* op, const char* name, const Tensor& t, std::initializer_l
 void check_rows(const char* op, const char* name, const Tensor& t, int64_t neurons, int64_t d, ScalarType dtype) {
   check_kind(op, name, t, {neurons, d}, dtype);
   REQUIRE((d == 1 || t.stride(1) == 1) && (neurons == 1 || t.stride(0) >= d), op, ": ", name, " ", shape_of(t),
-          " has rows that are not contiguous; the kernel reads whole rows, so store it [F, D] instead of passing a view");
+          " has rows that are not contiguous, or not apart; the kernel reads whole rows, so store it [F, D]");
 }
 
 void check_input(const char* op, const Tensor& x) {

@@ -157,9 +157,9 @@ template <class W, int M>
       __builtin_prefetch(reinterpret_cast<const char*>(rows.row[m] + i) + byte, 0, 2);
 }
 
-// Rows of fewer bytes are read at a pace: a core that runs far ahead in them, over their ends, fills its queue of misses
-// with loads that come before what was fetched for them, and takes 1.3 times as long (D 576 in bfloat16, AMD EPYC of
-// family 26). Longer rows take 1.1 times as long at a pace; so do int8 ones, whose widening is pace enough.
+// Rows of fewer bytes are read at a pace: a core that runs far ahead in them, over their ends, seems to fill its queue of
+// misses with loads that come before what was fetched for them, and takes 1.25 times as long (D 576 in bfloat16, AMD EPYC
+// of family 26; log 56). Longer rows take 1.1 times as long at a pace; so do int8 ones, whose widening is pace enough.
 constexpr int64_t SHORT_ROW = 2048;
 
 template <class W>
