@@ -94,14 +94,15 @@ void check_input(const char* op, const Tensor& x) {
           ", expected [N, D] with N from 1 to ", MAX_ROWS, "; use the dense matmul for more rows");
 }
 
-// fp32 memory from the start of a cache line on: a vector that crosses two lines is read twice.
+// Memory from the start of a cache line on: a vector that crosses two lines is read twice.
 class Scratch {
  public:
   // What was in it may be lost.
-  float* take(int64_t count) {
-    const size_t needed = (count * sizeof(float) + sizeof(Line) - 1) / sizeof(Line);
+  template <class T = float>
+  T* take(int64_t count) {
+    const size_t needed = (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
     if (lines_.size() < needed) lines_.resize(needed);
-    return reinterpret_cast<float*>(lines_.data());
+    return reinterpret_cast<T*>(lines_.data());
   }
 
  private:
@@ -167,14 +168,21 @@ inline void pause(int spins) {
 #endif
 }
 
-// x as fp32 in the order that weights of type `As` ask for, rows padded with zeros to whole steps.
-template <class W, class As = W>
-void widen_input(const Tensor& x, float* out, int64_t stride) {
-  const W* p = data<const W>(x);
+// Where element i of an input row stands to meet weights of type W in `dots`.
+template <class W, Pace PACE>
+int64_t operand_place(int64_t i) {
+  return std::is_same_v<Operand<W, PACE>, W> ? i : place<W>(i);
+}
+
+// x, of type X, as weights of type W ask for it, rows padded with zeros to whole steps.
+template <class X, class W, Pace PACE = Pace::free>
+void read_input(const Tensor& x, Operand<W, PACE>* out, int64_t stride) {
+  const X* p = data<const X>(x);
   const int64_t rows = x.size(0), d = x.size(1), sn = x.stride(0), sd = x.stride(1);
-  std::fill(out, out + rows * stride, 0.0f);
+  std::fill(out, out + rows * stride, static_cast<Operand<W, PACE>>(0.0f));
   for (int64_t n = 0; n < rows; ++n)
-    for (int64_t i = 0; i < d; ++i) out[n * stride + place<As>(i)] = static_cast<float>(p[n * sn + i * sd]);
+    for (int64_t i = 0; i < d; ++i)
+      out[n * stride + operand_place<W, PACE>(i)] = static_cast<Operand<W, PACE>>(p[n * sn + i * sd]);
 }
 
 // A matrix whose rows may be int8 codes: what they stand for is the codes times the row's scale.
@@ -225,15 +233,16 @@ int64_t chunk_rows(int64_t d) {
 // out(row, n, dot(weight row, x[n])) for `count` rows in order, `step` elements apart; fetches ahead within the `left`
 // rows that follow.
 template <class W, class Out>
-void stream_dots(const W* weight, int64_t step, int64_t count, int64_t left, const float* x, int64_t rows,
+void stream_dots(const W* weight, int64_t step, int64_t count, int64_t left, const Streamed<W>* x, int64_t rows,
                  int64_t stride, int64_t d, Out out) {
   const int64_t lead = lookahead_rows<W>(d);
   const auto later = [&](int64_t row) { return weight + std::min(row, left - 1) * step; };
   for (int64_t row = 0; row < count; row += 2) {
     const Rows<W, 2> ahead{{later(row + lead + 0), later(row + lead + 1)}};
-    dots_tiled(rows_from<2>(weight, step, row, count), ahead, x, rows, stride, d, [&](int m, int64_t n, float value) {
+    const auto put = [&](int m, int64_t n, float value) {
       if (row + m < count) out(row + m, n, value);
-    });
+    };
+    dots_tiled<Pace::waits>(rows_from<2>(weight, step, row, count), ahead, x, rows, stride, d, put);
   }
 }
 

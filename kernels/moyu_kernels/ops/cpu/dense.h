@@ -15,8 +15,8 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
                  const float* scales, Tensor& y) {
   const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), width = y.size(1);
   static thread_local Scratch scratch;
-  float* wide = scratch.take(rows * stride);
-  widen_input<X, W>(x, wide, stride);
+  Streamed<W>* input = scratch.take<Streamed<W>>(rows * stride);
+  read_input<X, W, Pace::waits>(x, input, stride);
   struct Range {
     Matrix<W> weight;
     const X* bias;
@@ -48,7 +48,7 @@ void run_linears(const Tensor& x, const std::vector<Tensor>& weights, const std:
       const float sum = range.bias ? value + static_cast<float>(range.bias[row]) : value;
       range.out[n * width + row] = static_cast<X>(sum);
     };
-    stream_dots(range.weight.rows, d, range.count, range.left, wide, rows, stride, d, put);
+    stream_dots(range.weight.rows, d, range.count, range.left, input, rows, stride, d, put);
   });
 }
 

@@ -116,7 +116,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   const int64_t plane = plane_of(d, planes);
   const int64_t block = std::clamp((neurons + 64 * RANGES - 1) / (64 * RANGES) * 64, BLOCK / 4, BLOCK);
   const int64_t ranges = (neurons + block - 1) / block;
-  static thread_local Scratch scratch;
+  static thread_local Scratch scratch, inputs;
   static thread_local std::vector<int32_t> range_counts;
   static thread_local std::vector<int8_t> rounded;
   range_counts.resize(ranges * rows * 2);
@@ -125,7 +125,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
         *gates = partial + rows * ranges * stride;
   int32_t *tally = range_counts.data(), sums[MAX_ROWS] = {};
   float steps[MAX_ROWS], norms[MAX_ROWS];
-  widen_input<X, W>(x, wide, stride);
+  read_input<X, W>(x, wide, stride);
 
   const auto matrix = [&](const Tensor& rows, int64_t which) {
     return Matrix<W>{data<const W>(rows), rows.stride(0), given.scales ? given.scales + which * neurons : nullptr};
@@ -148,7 +148,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
              neurons,
              stride,
              block};
-  if (lowrank || lowbit) widen_input<X, int8_t>(x, ordered, stride);
+  if (lowrank || lowbit) read_input<X, int8_t>(x, ordered, stride);
   const auto floats = [&](int i) { return data<const float>(predictor[i]); };
   if (lowrank) {
     std::fill(hidden, hidden + rows * hidden_stride, 0.0f);
@@ -172,9 +172,12 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
                         neurons,
                         ffn.ruled};
   }
-  if (gate_first)
-    ffn.first = GateFirst<W>{ffn.gate, ffn.up, given.plain, ffn.ruled,  wide, rows, d,
+  if (gate_first) {
+    auto* streamed = inputs.take<Streamed<W>>(rows * stride);
+    read_input<X, W, Pace::waits>(x, streamed, stride);
+    ffn.first = GateFirst<W>{ffn.gate, ffn.up, given.plain, ffn.ruled, streamed, rows, d,
                              stride,   neurons, given.keep, gates};
+  }
   const int64_t parts = ffn.parts();
   Claims claims(ranges), part_claims(parts);
   std::atomic<int64_t> parts_done{0};

@@ -13,7 +13,7 @@ struct GateFirst {
   Matrix<W> weight, up;
   bool plain;
   Gate gate;
-  const float* x;
+  const Streamed<W>* x;
   int64_t rows, d, stride, neurons, keep;
   float* values;  // [rows, padded(neurons)]: x @ weight.T, in each range from its `select` on what the rule makes of it;
                   // under topk the activation

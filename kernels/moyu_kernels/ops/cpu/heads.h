@@ -22,20 +22,21 @@ void run_head_linear(const Tensor& x, const Tensor& weight, const W* bias, const
                      const float* offset, int64_t keep, Tensor& y) {
   const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), units = router.size(0), outputs = weight.size(0);
   const int64_t size = outputs / units;
-  static thread_local Scratch scratch;
+  static thread_local Scratch scratch, inputs;
   static thread_local std::vector<float> scores;
   static thread_local std::vector<uint8_t> chosen;
   float* wide = scratch.take(rows * stride);
   scores.resize(rows * units);
   chosen.resize(units);
-  widen_input<W, int8_t>(x, wide, stride);
+  read_input<W, int8_t>(x, wide, stride);
   const Matrix<int8_t> matrix{data<const int8_t>(router), d, scale};
   stream_dots(matrix.rows, d, units, units, wide, rows, stride, d, [&](int64_t unit, int64_t n, float dot) {
     scores[n * units + unit] = matrix.scaled(dot, unit) + offset[unit];
   });
   choose_units(scores, rows, units, keep, chosen.data());
 
-  widen_input<W, W>(x, wide, stride);
+  Streamed<W>* input = inputs.take<Streamed<W>>(rows * stride);
+  read_input<W, W, Pace::waits>(x, input, stride);
   const uint8_t* masks = chosen.data();
   W* out = data<W>(y);
   for_ranges(units, [&](int64_t unit) {
@@ -49,7 +50,7 @@ void run_head_linear(const Tensor& x, const Tensor& weight, const W* bias, const
       const float value = bias ? dot + static_cast<float>(bias[first + row]) : dot;
       out[n * outputs + first + row] = static_cast<W>(mask >> n & 1 ? value : 0.0f);
     };
-    stream_dots(data<const W>(weight) + first * d, d, size, size, wide, rows, stride, d, put);
+    stream_dots(data<const W>(weight) + first * d, d, size, size, input, rows, stride, d, put);
   });
 }
 

@@ -25,7 +25,7 @@ void run_sparse_linear(const Tensor& x, const Tensor& weight, const W* bias, con
   static thread_local Scratch inputs_scratch, sums_scratch;
   static thread_local std::vector<Input> kept;
   float* wide = inputs_scratch.take(rows * width);
-  widen_input<W, float>(x, wide, width);
+  read_input<W, float>(x, wide, width);
   float* sums_of_slabs = sums_scratch.take(slabs * rows * slab);
   kept.clear();
   int32_t* total = data<int32_t>(counts);

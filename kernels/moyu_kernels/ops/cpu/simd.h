@@ -5,6 +5,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -44,8 +45,8 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 
-// Where element i of a row stands in the fp32 buffers that meet weights of type W (little endian). bfloat16 splits into
-// its even and its odd elements with one instruction each, so those buffers hold each step's even elements first.
+// Where element i of a row stands in fp32 buffers that meet weights of type W (little endian). bfloat16 splits into its
+// even and its odd elements with one instruction each, so those buffers hold each step's even elements first.
 template <class W>
 inline int64_t place(int64_t i) {
   if constexpr (std::is_same_v<W, BFloat16>) return i - i % STEP + i % 2 * LANES + i % STEP / 2;
@@ -97,14 +98,65 @@ inline void load_step(const W* p, Vec& first, Vec& second) {
   second = widen(p + LANES);
 }
 
-// The last n < STEP elements of a row, followed by zeros.
+// The last elements of a row, followed by zeros.
 template <class W>
-inline void load_tail(const W* p, int64_t n, Vec& first, Vec& second) {
-  alignas(LINE) W buffer[STEP];
-  memset(static_cast<void*>(buffer), 0, sizeof buffer);
-  memcpy(static_cast<void*>(buffer), p, n * sizeof(W));
-  load_step(buffer, first, second);
-}
+struct Tail {
+  alignas(LINE) W elements[STEP];
+
+  const W* of(const W* p, int64_t n) {
+    memset(static_cast<void*>(elements), 0, sizeof elements);
+    memcpy(static_cast<void*>(elements), p, n * sizeof(W));
+    return elements;
+  }
+};
+
+// How far a core that reads rows may run ahead. If far, it seems to fill its queue of misses with loads that come before
+// what was fetched for them, and takes up to 1.4 times as long (AMD EPYC of family 26, log 56 and 58).
+enum class Pace {
+  free,
+  stores,  // its sums pass through memory: for short rows that lie apart
+  waits,   // it waits for its loads every few steps: for rows that follow each other
+};
+
+// One step of a weight row's dot products with R input rows, `stride` apart. Operand: what these are stored as for it.
+template <class W, Pace PACE>
+struct Products {
+  using Operand = float;  // in the order of `place`
+
+  template <int R>
+  [[gnu::always_inline]] static void add(Vec (&even)[R], Vec (&odd)[R], const W* w, const Operand* x, int64_t stride) {
+    Vec first, second;
+    load_step(w, first, second);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      even[r] += first * load(x + r * stride);
+      odd[r] += second * load(x + r * stride + LANES);
+    }
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512BW__)
+// One instruction multiplies 32 pairs and adds them in fp32, with one rounding for each, as above; what is below the
+// least normal number counts as zero.
+template <>
+struct Products<BFloat16, Pace::waits> {
+  using Operand = BFloat16;  // in plain order
+
+  template <int R>
+  [[gnu::always_inline]] static void add(Vec (&sums)[R], Vec (&)[R], const BFloat16* w, const Operand* x,
+                                         int64_t stride) {
+    const auto weights = (__m512bh)_mm512_loadu_si512(w);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      sums[r] = (Vec)_mm512_dpbf16_ps((__m512)sums[r], weights, (__m512bh)_mm512_loadu_si512(x + r * stride));
+  }
+};
+#endif
+
+template <class W, Pace PACE = Pace::free>
+using Operand = typename Products<W, PACE>::Operand;
+template <class W>
+using Streamed = Operand<W, Pace::waits>;
 
 // The sums of four vectors at once, which takes a third of the instructions of four sums.
 inline void sum_four(const Vec* v, float* out) {
@@ -157,9 +209,8 @@ template <class W, int M>
       __builtin_prefetch(reinterpret_cast<const char*>(rows.row[m] + i) + byte, 0, 2);
 }
 
-// Rows of fewer bytes are read at a pace: a core that runs far ahead in them, over their ends, seems to fill its queue of
-// misses with loads that come before what was fetched for them, and takes 1.25 times as long (D 576 in bfloat16, AMD EPYC
-// of family 26; log 56). Longer rows take 1.1 times as long at a pace; so do int8 ones, whose widening is pace enough.
+// Rows of fewer bytes are read at the pace of stores: 1.25 times as fast at D 576 in bfloat16 (log 56). Longer rows take
+// 1.1 times as long so; so do int8 ones, whose widening is pace enough.
 constexpr int64_t SHORT_ROW = 2048;
 
 template <class W>
@@ -167,31 +218,46 @@ inline bool paced(int64_t d) {
   return sizeof(W) > 1 && d * static_cast<int64_t>(sizeof(W)) < SHORT_ROW;
 }
 
+// Steps that read M rows and fetch A, between two waits; 0: none. Even, as is the number of steps of most rows.
+template <class W, int R, int M, int A>
+constexpr int64_t steps_between_waits() {
+  constexpr int64_t most = (R == 1 ? 24 : 32) * LINE;  // bytes asked for
+  constexpr bool slow = sizeof(W) == 1 || (R > 1 && !std::is_same_v<Streamed<W>, W>);  // by its widening
+  return A == 0 || slow ? 0 : std::max<int64_t>(1, most / ((M + A) * STEP * sizeof(W)) / 2 * 2);
+}
+
+inline void wait_for_loads() {
+#if defined(__x86_64__)
+  _mm_lfence();
+#endif
+}
+
 // out[m][r] = dot(w.row[m], x[r]) over d elements; fetches the rows `ahead` while it works.
-// x: fp32 in the order of `place`, row stride `stride`, zero-padded to whole steps.
-template <bool PACED, int R, class W, int M, int A>
-inline void dots(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t stride, int64_t d, float (&out)[M][R]) {
+// x: row stride `stride`, zero-padded to whole steps.
+template <Pace PACE, int R, class W, int M, int A>
+inline void dots(Rows<W, M> w, Rows<W, A> ahead, const Operand<W, PACE>* x, int64_t stride, int64_t d,
+                 float (&out)[M][R]) {
   Vec even[M][R] = {}, odd[M][R] = {};
-  const auto step = [&](int64_t i, auto load_weights) {
-    for (int m = 0; m < M; ++m) {
-      Vec first, second;
-      load_weights(w.row[m] + i, first, second);
-      for (int r = 0; r < R; ++r) {
-        even[m][r] += first * load(x + r * stride + i);
-        odd[m][r] += second * load(x + r * stride + i + LANES);
-      }
-    }
+  const auto step = [&](int64_t i, auto from) {
+#pragma GCC unroll 8  // or the sums are kept in memory
+    for (int m = 0; m < M; ++m) Products<W, PACE>::add(even[m], odd[m], from(w.row[m] + i), x + i, stride);
   };
   int64_t i = 0;
   for (; i + STEP <= d; i += STEP) {
-    step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
-    if constexpr (PACED) asm volatile("" ::: "memory");  // has the sums go through memory
+    step(i, [](const W* p) { return p; });
+    constexpr int64_t steps = PACE == Pace::waits ? steps_between_waits<W, R, M, A>() : 0;
+    if constexpr (steps > 0)
+      if (i / STEP % steps == steps - 1) wait_for_loads();
+    if constexpr (PACE == Pace::stores) asm volatile("" ::: "memory");
     fetch_step(ahead, i);
   }
-  if (i < d) step(i, [&](const W* p, Vec& first, Vec& second) { load_tail(p, d - i, first, second); });
+  Tail<W> tail;
+  if (i < d) step(i, [&](const W* p) { return tail.of(p, d - i); });
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     Vec total[M];
     float sums[M];
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) total[m] = even[m][r] + odd[m][r];
     if constexpr (M == 4)
       sum_four(total, sums);
@@ -202,18 +268,19 @@ inline void dots(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t stride,
 }
 
 // The same for any number of input rows: out(m, row, value). The weights come from the cache after the first tile.
-template <class W, int M, int A, class Out>
-inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t rows, int64_t stride, int64_t d,
-                       Out out) {
+template <Pace PACE = Pace::free, class W, int M, int A, class Out>
+inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const Operand<W, PACE>* x, int64_t rows, int64_t stride,
+                       int64_t d, Out out) {
   constexpr int MOST = M < 4 ? 4 : LANES == 16 ? 2 : 1;  // that have registers for their sums
   int64_t row = 0;
   const auto tile = [&](auto size, auto fetched) {
     constexpr int R = decltype(size)::value;
     float values[M][R];
-    if (R == 1 && row == 0 && paced<W>(d))
-      dots<R == 1>(w, fetched, x + row * stride, stride, d, values);
+    constexpr bool single = PACE == Pace::free && R == 1;
+    if (single && row == 0 && paced<W>(d))
+      dots<single ? Pace::stores : PACE>(w, fetched, x, stride, d, values);
     else
-      dots<false>(w, fetched, x + row * stride, stride, d, values);
+      dots<PACE>(w, fetched, x + row * stride, stride, d, values);
     for (int m = 0; m < M; ++m)
       for (int r = 0; r < R; ++r) out(m, row + r, values[m][r]);
     row += R;
@@ -233,11 +300,11 @@ inline void dots_tiled(Rows<W, M> w, Rows<W, A> ahead, const float* x, int64_t r
 // rows `ahead` while it works. acc: fp32 in the order of `place`, padded to whole steps.
 template <class W, int M, int A>
 inline void add_rows(float* acc, const float* a, Rows<W, M> w, Rows<W, A> ahead, int64_t d) {
-  const auto step = [&](int64_t i, auto load_weights) {
+  const auto step = [&](int64_t i, auto from) {
     Vec v = load(acc + i), u = load(acc + i + LANES);
     for (int m = 0; m < M; ++m) {
       Vec first, second;
-      load_weights(w.row[m] + i, first, second);
+      load_step(from(w.row[m] + i), first, second);
       v += a[m] * first;
       u += a[m] * second;
     }
@@ -247,9 +314,10 @@ inline void add_rows(float* acc, const float* a, Rows<W, M> w, Rows<W, A> ahead,
   int64_t i = 0;
   for (; i + STEP <= d; i += STEP) {
     fetch_step(ahead, i);
-    step(i, [](const W* p, Vec& first, Vec& second) { load_step(p, first, second); });
+    step(i, [](const W* p) { return p; });
   }
-  if (i < d) step(i, [&](const W* p, Vec& first, Vec& second) { load_tail(p, d - i, first, second); });
+  Tail<W> tail;
+  if (i < d) step(i, [&](const W* p) { return tail.of(p, d - i); });
 }
 
 }  // namespace moyu
