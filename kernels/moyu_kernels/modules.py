@@ -160,7 +160,7 @@ class SparseFFN(SparseModule):
         rows = self.weights
         if not self._predictor or self.backend != "cpu" or self.apart:
             self._keep([matrix.contiguous() for matrix in rows])
-        elif rows[0].stride(0) != len(rows) * self.hidden:
+        elif any(matrix.stride(0) != len(rows) * self.hidden for matrix in rows):
             self._keep(side_by_side(rows))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -311,6 +311,7 @@ class SparseGatedFFN(SparseFFN):
         for name, projection in projections.items():
             self.add_module(name, projection)
         self.register_state_dict_post_hook(_apart)
+        self.register_load_state_dict_post_hook(_laid_out)
 
     def _keep(self, rows: Sequence[Tensor]) -> None:
         *front, down = (getattr(self, name).weight for name in self._names)
@@ -340,6 +341,11 @@ def _apart(block: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Weights that lie side by side as tensors of their own, which is how they are saved."""
     for name in block._names:
         state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"].contiguous()
+
+
+def _laid_out(block: Any, _: Any) -> None:
+    """Weights that were assigned, not copied, as they must lie."""
+    block._lay_out()
 
 
 class Linear(nn.Module):

@@ -142,3 +142,18 @@ def test_a_fused_block_keeps_its_tensor() -> None:
     assert fused.weight.data_ptr() == before
     expected, _ = naive.gated_ffn(x, *(w.detach() for w in block.weights), torch.zeros(F), "silu", predictor)
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["predicted", "rule"])
+@pytest.mark.parametrize("only", ["", "down"])
+def test_assigned_weights_lie_as_copied_ones_do(mode: str, only: str) -> None:
+    predictor = random_predictor("lowbit", D, F, 17) if mode == "predicted" else []
+    blocks = [SparseGatedFFN(projections(), "silu", torch.full((F,), 0.001), predictor, mode) for _ in range(2)]
+    state = {name: torch.randn_like(weight) for name, weight in blocks[0].state_dict().items() if only in name}
+    x = torch.randn(2, D)
+    outputs = []
+    for block, assign in zip(blocks, (False, True), strict=True):
+        block.load_state_dict(state, strict=False, assign=assign)
+        assert together(block) == (mode == "predicted")
+        outputs.append(block(x))
+    assert torch.equal(*outputs)
