@@ -221,7 +221,7 @@ inline bool paced(int64_t d) {
 // Steps that read M rows and fetch A, between two waits; 0: none. Even, as is the number of steps of most rows.
 template <class W, int R, int M, int A>
 constexpr int64_t steps_between_waits() {
-  constexpr int64_t most = (R == 1 ? 24 : 32) * LINE;  // bytes asked for
+  constexpr int64_t most = 24 * LINE;  // bytes asked for
   constexpr bool slow = sizeof(W) == 1 || (R > 1 && !std::is_same_v<Streamed<W>, W>);  // by its widening
   return A == 0 || slow ? 0 : std::max<int64_t>(1, most / ((M + A) * STEP * sizeof(W)) / 2 * 2);
 }
