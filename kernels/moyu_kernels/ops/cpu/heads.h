@@ -22,7 +22,7 @@ void run_head_linear(const Tensor& x, const Tensor& weight, const W* bias, const
                      const float* offset, int64_t keep, Tensor& y) {
   const int64_t rows = x.size(0), d = x.size(1), stride = padded(d), units = router.size(0), outputs = weight.size(0);
   const int64_t size = outputs / units;
-  static thread_local Scratch scratch, inputs;
+  static thread_local Scratch scratch;
   static thread_local std::vector<float> scores;
   static thread_local std::vector<uint8_t> chosen;
   float* wide = scratch.take(rows * stride);
@@ -35,7 +35,7 @@ void run_head_linear(const Tensor& x, const Tensor& weight, const W* bias, const
   });
   choose_units(scores, rows, units, keep, chosen.data());
 
-  Streamed<W>* input = inputs.take<Streamed<W>>(rows * stride);
+  Streamed<W>* input = scratch.take<Streamed<W>>(rows * stride);  // the router is through with what was there
   read_input<W, W, Pace::waits>(x, input, stride);
   const uint8_t* masks = chosen.data();
   W* out = data<W>(y);
