@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from moyu_kernels.ops import cpu
+from moyu_kernels.ops.cpu import build
 from moyu_kernels.ops.ffn import naive
 from predictors import KINDS, random_predictor
 from torch import Tensor
@@ -313,7 +314,13 @@ for dtype in tests.DTYPES:
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param(("-mavx2", "-mfma", "-mf16c"), marks=pytest.mark.slow), ()], ids=["avx2", "plain"]
+    "flags",
+    [
+        pytest.param(("-mavx2", "-mfma", "-mf16c"), marks=pytest.mark.slow),
+        pytest.param(("-march=native", "-DMOYU_WAITS"), marks=pytest.mark.slow),
+        (),
+    ],
+    ids=["avx2", "waits", "plain"],
 )
 def test_other_instruction_sets(flags: tuple[str, ...], tmp_path: Path) -> None:
     process = run_python(COMPARE.replace("GIVEN", repr(flags)), MOYU_CACHE=str(tmp_path))
@@ -321,10 +328,17 @@ def test_other_instruction_sets(flags: tuple[str, ...], tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_only_cores_that_gain_by_it_wait() -> None:
+    amd, intel = {"vendor_id": "AuthenticAMD", "cpu family": "26"}, {"vendor_id": "GenuineIntel", "cpu family": "6"}
+    assert "-DMOYU_WAITS" in build.machine_flags(amd)
+    assert all(len(build.machine_flags(other)) == 1 for other in (intel, amd | {"cpu family": "25"}, {}))
+
+
 def test_without_a_compiler_the_fallback_is_announced(tmp_path: Path) -> None:
     code = """
 import torch
 from moyu_kernels.ops import cpu
+from moyu_kernels.ops.cpu import build
 assert not cpu.load() and "plain PyTorch" in cpu.status()
 x, w = torch.ones(1, 4), torch.ones(3, 4)
 assert cpu.gated_ffn(x, w, w, w, torch.zeros(3), "relu", [])[0].tolist() == [[48.0] * 4]
@@ -341,6 +355,7 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 from moyu_kernels.ops.cpu import build
 build.FLAGS = tuple(flag for flag in build.FLAGS if flag != "-O3")
 from moyu_kernels.ops import cpu
+from moyu_kernels.ops.cpu import build
 assert cpu.load()
 """
     processes = [run_python(code, MOYU_CACHE=str(tmp_path)) for _ in range(2)]

@@ -110,12 +110,19 @@ struct Tail {
   }
 };
 
-// How far a core that reads rows may run ahead. If far, it seems to fill its queue of misses with loads that come before
-// what was fetched for them, and takes up to 1.4 times as long (AMD EPYC of family 26, log 56 and 58).
+#if defined(MOYU_WAITS)  // by build.py
+constexpr bool WAITS = true;
+#else
+constexpr bool WAITS = false;
+#endif
+
+// How far a core that reads rows may run ahead. If far, one of AMD's family 26 seems to fill its queue of misses with
+// loads that come before what was fetched for them, and takes up to 1.4 times as long (log 56 and 58); one of Intel's
+// with 480 MB of cache does not, and takes up to 1.2 times as long where it waits (log 59).
 enum class Pace {
   free,
   stores,  // its sums pass through memory: for short rows that lie apart
-  waits,   // it waits for its loads every few steps: for rows that follow each other
+  waits,   // it waits for its loads every few steps, on cores that gain by it: for rows that follow each other
 };
 
 // One step of a weight row's dot products with R input rows, `stride` apart. Operand: what these are stored as for it.
@@ -223,7 +230,7 @@ template <class W, int R, int M, int A>
 constexpr int64_t steps_between_waits() {
   constexpr int64_t most = 24 * LINE;  // bytes asked for
   constexpr bool slow = sizeof(W) == 1 || (R > 1 && !std::is_same_v<Streamed<W>, W>);  // by its widening
-  return A == 0 || slow ? 0 : std::max<int64_t>(1, most / ((M + A) * STEP * sizeof(W)) / 2 * 2);
+  return !WAITS || A == 0 || slow ? 0 : std::max<int64_t>(1, most / ((M + A) * STEP * sizeof(W)) / 2 * 2);
 }
 
 inline void wait_for_loads() {
