@@ -338,7 +338,6 @@ def test_without_a_compiler_the_fallback_is_announced(tmp_path: Path) -> None:
     code = """
 import torch
 from moyu_kernels.ops import cpu
-from moyu_kernels.ops.cpu import build
 assert not cpu.load() and "plain PyTorch" in cpu.status()
 x, w = torch.ones(1, 4), torch.ones(3, 4)
 assert cpu.gated_ffn(x, w, w, w, torch.zeros(3), "relu", [])[0].tolist() == [[48.0] * 4]
@@ -355,7 +354,6 @@ def test_two_processes_build_at_once(tmp_path: Path) -> None:
 from moyu_kernels.ops.cpu import build
 build.FLAGS = tuple(flag for flag in build.FLAGS if flag != "-O3")
 from moyu_kernels.ops import cpu
-from moyu_kernels.ops.cpu import build
 assert cpu.load()
 """
     processes = [run_python(code, MOYU_CACHE=str(tmp_path)) for _ in range(2)]

@@ -40,7 +40,7 @@ def _processor() -> dict[str, str]:
 
 
 def machine_flags(processor: dict[str, str]) -> tuple[str, ...]:
-    """What the compiler is told of this machine. Waits for loads pay on AMD's family 26 and cost elsewhere (log 59)."""
+    """What the compiler is told of this machine. Waits for loads pay on AMD's family 26, not on Intel's (log 59)."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     waits = (processor.get("vendor_id"), processor.get("cpu family")) == ("AuthenticAMD", "26")
     return (native, "-DMOYU_WAITS") if waits else (native,)
