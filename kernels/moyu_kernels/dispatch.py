@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .modules import MAX_ROWS, SparseFFN
 from .ops import cpu
-from .ops.cpu.build import cache_folder, library_key
+from .ops.cpu.build import cache_folder, library_key, this_processor
 from .ops.ffn import naive
 from .prompt_ffn import PromptFFN
 
@@ -199,8 +199,4 @@ def _kernels(backend: str) -> str:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return this_processor().get("model name") or platform.machine()

@@ -29,7 +29,7 @@ SOURCES = (
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast")
 
 
-def _processor() -> dict[str, str]:
+def this_processor() -> dict[str, str]:
     """What Linux tells of the first processor, by name."""
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -46,7 +46,7 @@ def machine_flags(processor: dict[str, str]) -> tuple[str, ...]:
     return (native, "-DMOYU_WAITS") if waits else (native,)
 
 
-MACHINE_FLAGS = machine_flags(_processor())
+MACHINE_FLAGS = machine_flags(this_processor())
 
 
 class BuildError(RuntimeError):
@@ -102,5 +102,5 @@ def library_key() -> str:
 
 def _cpu_flags() -> str:
     """Instruction sets of this machine: a home folder may be shared by machines that differ."""
-    processor = _processor()
+    processor = this_processor()
     return processor.get("flags") or processor.get("Features") or platform.processor()
