@@ -19,6 +19,7 @@ SOURCES = (
     "gate.h",
     "down.h",
     "predict.h",
+    "rules.h",
     "inputs.h",
     "heads.h",
     "dense.h",

@@ -6,6 +6,7 @@
 
 #include "down.h"
 #include "gate.h"
+#include "predict.h"
 
 namespace moyu {
 
@@ -116,9 +117,8 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
   const int64_t plane = plane_of(d, planes);
   const int64_t block = std::clamp((neurons + 64 * RANGES - 1) / (64 * RANGES) * 64, BLOCK / 4, BLOCK);
   const int64_t ranges = (neurons + block - 1) / block;
-  static thread_local Scratch scratch, inputs;
+  static thread_local Scratch scratch, inputs, codes;
   static thread_local std::vector<int32_t> range_counts;
-  static thread_local std::vector<int8_t> rounded;
   range_counts.resize(ranges * rows * 2);
   float* wide = scratch.take(rows * (2 * stride + hidden_stride + ranges * stride + (gate_first ? padded(neurons) : 0)));
   float *ordered = wide + rows * stride, *hidden = ordered + rows * stride, *partial = hidden + rows * hidden_stride,
@@ -156,9 +156,10 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
                           floats(4), ordered, rank, rows, d, stride, neurons, hidden, hidden_stride};
   }
   if (lowbit) {
-    rounded.assign(rows * planes * plane, 0);
+    int8_t* rounded = codes.take<int8_t>(rows * planes * plane);
+    std::fill(rounded, rounded + rows * planes * plane, int8_t{0});
     for (int64_t n = 0; n < rows; ++n)
-      steps[n] = round_row(ordered + n * stride, d, planes, rounded.data() + n * planes * plane, sums[n], norms[n]);
+      steps[n] = round_row(ordered + n * stride, d, planes, rounded + n * planes * plane, sums[n], norms[n]);
     const size_t last = predictor.size() - 2;
     ffn.lowbit = LowBit{data<const uint8_t>(predictor[0]),
                         given.plain ? nullptr : data<const uint8_t>(predictor[2]),
@@ -167,7 +168,7 @@ void run_ffn(const Tensor& x, const FfnArguments& given, Tensor& y, Tensor& coun
                         floats(last),
                         floats(last + 1),
                         given.gate_bias,
-                        Rounded{rounded.data(), planes, code_bytes, plane, steps, norms, sums},
+                        Rounded{rounded, planes, code_bytes, plane, steps, norms, sums},
                         rows,
                         neurons,
                         ffn.ruled};

@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "predict.h"
+#include "rules.h"
 
 namespace moyu {
 

@@ -4,101 +4,9 @@
 #include <cmath>
 #include <limits>
 
-#include "common.h"
+#include "rules.h"
 
 namespace moyu {
-
-enum class Act { silu, relu, relu2, gelu, gelu_tanh };
-
-Act parse_act(const char* op, const std::string& name) {
-  if (name == "silu") return Act::silu;
-  if (name == "relu") return Act::relu;
-  if (name == "relu2") return Act::relu2;
-  if (name == "gelu") return Act::gelu;
-  if (name == "gelu_tanh") return Act::gelu_tanh;
-  REQUIRE(false, op, ": activation '", name, "' is unknown; use silu, relu, relu2, gelu or gelu_tanh");
-}
-
-inline float activate(Act act, float g) {
-  switch (act) {
-    case Act::silu: return g / (1.0f + std::exp(-g));
-    case Act::relu: return g > 0.0f ? g : 0.0f;
-    case Act::relu2: return g > 0.0f ? g * g : 0.0f;
-    case Act::gelu: return 0.5f * g * (1.0f + std::erf(g * 0.70710678f));
-    default: return 0.5f * g * (1.0f + std::tanh(0.79788456f * (g + 0.044715f * g * g * g)));
-  }
-}
-
-// As naive.RULES.
-enum class Rule {
-  threshold,
-  gate_threshold,
-  relu,
-  fatrelu,
-  relu2,
-  drelu,
-  statistical_topk,
-  statistical_topk_soft,
-  topk
-};
-
-Rule parse_rule(const char* op, const std::string& name) {
-  constexpr const char* NAMES[] = {"threshold", "gate_threshold",   "relu",                  "fatrelu", "relu2",
-                                   "drelu",     "statistical_topk", "statistical_topk_soft", "topk"};
-  for (int i = 0; i < 9; ++i)
-    if (name == NAMES[i]) return static_cast<Rule>(i);
-  REQUIRE(false, op, ": rule '", name, "' is unknown; use threshold, gate_threshold, relu, fatrelu, relu2, drelu, ",
-          "statistical_topk, statistical_topk_soft or topk");
-}
-
-inline bool whole_row(Rule rule) { return rule >= Rule::statistical_topk; }
-
-// activate() in place on `count` values, a multiple of LANES: silu, by far the commonest, in vectors.
-inline void activate_all(Act act, float* g, int64_t count) {
-  if (act != Act::silu) {
-    for (int64_t i = 0; i < count; ++i) g[i] = activate(act, g[i]);
-    return;
-  }
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Vec v = load(g + i), e = exp_negative(v > 0.0f ? -v : v);
-    store(g + i, v * (v > 0.0f ? Vec{} + 1.0f : e) / (1.0f + e));
-  }
-}
-
-// What a rule puts in place of act(g) (naive.ruled_gate).
-struct Gate {
-  Act act;
-  Rule rule;
-  const float* threshold;  // [neurons]
-
-  // Of neuron f; mean and deviation of its row's gates where the rule asks for them.
-  float operator()(float g, int64_t f, float mean = 0.0f, float deviation = 0.0f) const {
-    const float t = threshold[f], level = mean + t * deviation;
-    switch (rule) {
-      case Rule::threshold:
-      case Rule::topk: return activate(act, g);
-      case Rule::gate_threshold: return cut(activate(act, g), t);
-      case Rule::fatrelu: return g > 0.0f && g >= t ? g : 0.0f;
-      case Rule::relu2: return g > 0.0f ? g * g : 0.0f;
-      case Rule::statistical_topk: return g > level ? activate(act, g) : 0.0f;
-      case Rule::statistical_topk_soft: return g > level ? activate(act, g - level) : 0.0f;
-      default: return g > t ? g - t : 0.0f;
-    }
-  }
-
-  // In place on `count` values from neuron f on, in a buffer that goes on to a multiple of LANES.
-  void all(float* g, int64_t f, int64_t count, float mean = 0.0f, float deviation = 0.0f) const {
-    if (rule != Rule::threshold && rule != Rule::gate_threshold) {
-      for (int64_t i = 0; i < count; ++i) g[i] = (*this)(g[i], f + i, mean, deviation);
-      return;
-    }
-    activate_all(act, g, (count + LANES - 1) / LANES * LANES);
-    if (rule == Rule::gate_threshold)
-      for (int64_t i = 0; i < count; ++i) g[i] = cut(g[i], threshold[f + i]);
-  }
-
-  static float cut(float value, float t) { return std::fabs(value) >= t ? value : 0.0f; }
-};
 
 // Two matrices (naive.lowrank_scores).
 struct LowRank {
@@ -140,8 +48,9 @@ struct LowRank {
 struct Rounded {
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
   static constexpr int64_t STEP = 64;  // bytes of codes that are multiplied at once
+  static constexpr int64_t TILE = 4;   // rows of x that codes are unpacked for at once: as many sums as registers hold
 #else
-  static constexpr int64_t STEP = 32;
+  static constexpr int64_t STEP = 32, TILE = 2;
 #endif
   const int8_t* values;                // [rows, planes, plane], zero from column D on
   int64_t planes, bytes, plane;
@@ -189,26 +98,36 @@ inline void store_sums(const __m256i* sums, int32_t* out) {
 }
 #endif
 
+// code_dots: out[r * out_stride + m] = sum of code * x over rows codes.row[m] of `bytes` bytes and row n + r of x, r < R.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
-// out[m] = sum of code * x over rows codes.row[m] of `bytes` bytes.
-template <int PLANES>
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
+template <int PLANES, int R, int A>
+inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Rounded& x, int64_t n, int32_t* out,
+                      int64_t out_stride) {
   constexpr int BITS = 8 / PLANES;
   const __m512i low = _mm512_set1_epi8((1 << BITS) - 1);
-  __m512i sums[4] = {};
-  for (int64_t j = 0; j < bytes; j += Rounded::STEP) {
-    const __mmask64 inside = bytes - j >= 64 ? ~__mmask64(0) : (__mmask64(1) << (bytes - j)) - 1;
+  __m512i sums[R][4] = {};
+  for (int64_t j = 0; j < x.bytes; j += Rounded::STEP) {
+    const int64_t left = x.bytes - j;
+    const __mmask64 inside = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+#pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
+      if constexpr (A > 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
       const __m512i c = _mm512_maskz_loadu_epi8(inside, codes.row[m] + j);
-      for (int k = 0; k < PLANES; ++k)
-        sums[m] = _mm512_dpbusd_epi32(sums[m], _mm512_and_si512(_mm512_srli_epi16(c, k * BITS), low),
-                                      _mm512_loadu_si512(x + k * plane + j));
+#pragma GCC unroll 8
+      for (int k = 0; k < PLANES; ++k) {
+        const __m512i part = _mm512_and_si512(_mm512_srli_epi16(c, k * BITS), low);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+          sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], part, _mm512_loadu_si512(x.row(n + r) + k * x.plane + j));
+      }
     }
   }
-  __m256i halves[4];
-  for (int m = 0; m < 4; ++m)
-    halves[m] = _mm256_add_epi32(_mm512_castsi512_si256(sums[m]), _mm512_extracti64x4_epi64(sums[m], 1));
-  store_sums(halves, out);
+  for (int r = 0; r < R; ++r) {
+    __m256i halves[4];
+    for (int m = 0; m < 4; ++m)
+      halves[m] = _mm256_add_epi32(_mm512_castsi512_si256(sums[r][m]), _mm512_extracti64x4_epi64(sums[r][m], 1));
+    store_sums(halves, out + r * out_stride);
+  }
 }
 #elif defined(__AVX2__)
 inline __m256i load_codes(const uint8_t* p, int64_t left) {
@@ -229,32 +148,49 @@ inline __m256i add_products(__m256i sum, __m256i codes, const int8_t* x) {
 #endif
 }
 
-// out[m] = sum of code * x over rows codes.row[m] of `bytes` bytes.
-template <int PLANES>
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
+template <int PLANES, int R, int A>
+inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Rounded& x, int64_t n, int32_t* out,
+                      int64_t out_stride) {
   constexpr int BITS = 8 / PLANES;
   const __m256i low = _mm256_set1_epi8((1 << BITS) - 1);
-  __m256i sums[4] = {};
-  for (int64_t j = 0; j < bytes; j += Rounded::STEP)
+  __m256i sums[R][4] = {};
+  for (int64_t j = 0; j < x.bytes; j += Rounded::STEP)
+#pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      const __m256i c = load_codes(codes.row[m] + j, bytes - j);
-      for (int k = 0; k < PLANES; ++k)
-        sums[m] = add_products(sums[m], _mm256_and_si256(_mm256_srli_epi16(c, k * BITS), low), x + k * plane + j);
+      if constexpr (A > 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
+      const __m256i c = load_codes(codes.row[m] + j, x.bytes - j);
+#pragma GCC unroll 8
+      for (int k = 0; k < PLANES; ++k) {
+        const __m256i part = _mm256_and_si256(_mm256_srli_epi16(c, k * BITS), low);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sums[r][m] = add_products(sums[r][m], part, x.row(n + r) + k * x.plane + j);
+      }
     }
-  store_sums(sums, out);
+  for (int r = 0; r < R; ++r) store_sums(sums[r], out + r * out_stride);
 }
 #else
-template <int PLANES>
-inline void code_dots(Rows<uint8_t, 4> codes, const int8_t* x, int64_t bytes, int64_t plane, int32_t* out) {
+template <int PLANES, int R, int A>
+inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Rounded& x, int64_t n, int32_t* out,
+                      int64_t out_stride) {
   constexpr int BITS = 8 / PLANES;
-  for (int m = 0; m < 4; ++m) {
-    out[m] = 0;
-    for (int k = 0; k < PLANES; ++k)
-      for (int64_t j = 0; j < bytes; ++j)
-        out[m] += ((codes.row[m][j] >> k * BITS) & ((1 << BITS) - 1)) * x[k * plane + j];
-  }
+  for (int r = 0; r < R; ++r)
+    for (int m = 0; m < 4; ++m) {
+      int32_t sum = 0;
+      for (int k = 0; k < PLANES; ++k)
+        for (int64_t j = 0; j < x.bytes; ++j)
+          sum += ((codes.row[m][j] >> k * BITS) & ((1 << BITS) - 1)) * x.row(n + r)[k * x.plane + j];
+      out[r * out_stride + m] = sum;
+    }
 }
 #endif
+
+// As code_dots, of up to TILE rows.
+template <int PLANES, int A, int R = Rounded::TILE>
+inline void code_dots_tile(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Rounded& x, int64_t n, int64_t count,
+                           int32_t* out, int64_t out_stride) {
+  if (count >= R) return code_dots<PLANES, R>(codes, ahead, x, n, out, out_stride);
+  if constexpr (R > 1) code_dots_tile<PLANES, A, R - 1>(codes, ahead, x, n, count, out, out_stride);
+}
 
 // Copies of gate and up in 2 bits or 1 (naive.lowbit_scores). All products are integers, so their order does not matter.
 // Of a plain FFN up stands for the gate, with its bias, and nothing for up (naive.lowbit_up_scores).
@@ -271,27 +207,30 @@ struct LowBit {
   void select(int64_t first, int64_t size, int64_t ahead, uint8_t* mask) const {
     const int64_t end = first + size;
     const int32_t top = x.planes == 4 ? 3 : 1;
-    alignas(LINE) int32_t dots[2][SIZE + 4];
+    constexpr int64_t TILE = Rounded::TILE, STRIDE = SIZE + 4;
+    alignas(LINE) int32_t dots[2][TILE * STRIDE];
     alignas(LINE) float above[SIZE + LANES] = {}, below[SIZE + LANES] = {}, ups[SIZE];
     for (int64_t n = 0; n < rows; ++n) {
       const auto products = [&](const uint8_t* codes, int64_t f, int32_t* out) {
-        const uint8_t* later = codes + std::min(f + ahead, neurons - 1) * x.bytes;
-        for (int64_t byte = 0; n == 0 && byte < 4 * x.bytes; byte += LINE) __builtin_prefetch(later + byte, 0, 2);
-        const auto rows_of = rows_from<4>(codes, x.bytes, f, end);
-        if (x.planes == 4) code_dots<4>(rows_of, x.row(n), x.bytes, x.plane, out + f - first);
-        else code_dots<8>(rows_of, x.row(n), x.bytes, x.plane, out + f - first);
+        const auto now = rows_from<4>(codes, x.bytes, f, end);
+        const auto tile = [&](auto later) {
+          if (x.planes == 4) code_dots_tile<4>(now, later, x, n, rows - n, out + f - first, STRIDE);
+          else code_dots_tile<8>(now, later, x, n, rows - n, out + f - first, STRIDE);
+        };
+        n == 0 ? tile(rows_from<4>(codes, x.bytes, f + ahead, neurons)) : tile(Rows<uint8_t, 0>());
       };
       const auto scaled = [&](const int32_t* sums, const float* scale, float* out) {
         const int32_t offset = top * x.sums[n];
         for (int64_t j = 0; j < size; ++j)
           out[j] = static_cast<float>(2 * sums[j] - offset) * x.step[n] * scale[first + j];
       };
-      for (int64_t f = first; f < end; f += 4) {
+      for (int64_t f = first; n % TILE == 0 && f < end; f += 4) {
         products(gate_codes, f, dots[0]);
         if (up_codes) products(up_codes, f, dots[1]);
       }
+      const int32_t* row_dots[] = {dots[0] + n % TILE * STRIDE, dots[1] + n % TILE * STRIDE};
       const float* gate_errors = gate_scales + neurons + first;
-      scaled(dots[0], gate_scales, above);
+      scaled(row_dots[0], gate_scales, above);
       for (int64_t j = 0; gate_bias && j < size; ++j) above[j] += gate_bias[first + j];
       for (int64_t j = 0; j < size; ++j) {
         const float error = x.norms[n] * gate_errors[j];
@@ -304,7 +243,7 @@ struct LowBit {
       for (int64_t j = 0; j < size; ++j) square[j] = (above[j] * above[j] + below[j] * below[j]) * 0.5f;
       if (up_codes) {
         const float* up_errors = up_scales + neurons + first;
-        scaled(dots[1], up_scales, ups);
+        scaled(row_dots[1], up_scales, ups);
         for (int64_t j = 0; j < size; ++j) {
           const float error = x.norms[n] * up_errors[j];
           square[j] *= ups[j] * ups[j] + error * error;
