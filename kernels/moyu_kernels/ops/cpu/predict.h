@@ -111,7 +111,7 @@ inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Roun
     const __mmask64 inside = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      if constexpr (A > 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
+      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
       const __m512i c = _mm512_maskz_loadu_epi8(inside, codes.row[m] + j);
 #pragma GCC unroll 8
       for (int k = 0; k < PLANES; ++k) {
@@ -157,7 +157,7 @@ inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Roun
   for (int64_t j = 0; j < x.bytes; j += Rounded::STEP)
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      if constexpr (A > 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
+      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
       const __m256i c = load_codes(codes.row[m] + j, x.bytes - j);
 #pragma GCC unroll 8
       for (int k = 0; k < PLANES; ++k) {
