@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from moyu_train.errors import MoyuError
@@ -124,7 +125,7 @@ def read_texts(source: str, text_field: str, setting: str = "data.text_field") -
             raise MoyuError(f"data {source!r} is unknown; shipped texts: {', '.join('builtin:' + n for n in BUILTIN)}")
         source = str(resources.files("moyu_train") / "data" / BUILTIN[name])
     path = Path(source)
-    suffixes = "".join(path.suffixes[-2:])
+    suffixes = "".join(path.suffixes[-2:]).lower()
     local = suffixes.endswith(TEXT_SUFFIXES) or source.startswith((".", "/"))
     if local and not path.exists() and not Path(source.partition(":")[0]).is_dir():
         raise MoyuError(f"text file {source!r} does not exist; give a JSON lines file, a text file or a hub id")
@@ -146,7 +147,17 @@ def read_texts(source: str, text_field: str, setting: str = "data.text_field") -
         raise MoyuError(
             f"data {source!r} has no field {text_field!r} (it has {', '.join(first) or 'no rows'}); set {setting}"
         )
-    return _documents((row.get(field) for row in chain([first], rows)), field, source)
+    return _documents(_values(chain([first], rows), field, source), field, source)
+
+
+def _values(rows: Iterable[dict[str, Any]], field: str, source: str) -> Iterator[Any]:
+    for number, row in enumerate(rows, start=1):
+        if field not in row:
+            raise MoyuError(
+                f"data {source!r} has no field {field!r} in row {number} (it has {', '.join(row) or 'none'}), and has "
+                "it in the first; give all rows the same fields, with null where a row has no text"
+            )
+        yield row[field]
 
 
 def _documents(values: Iterable[Any], field: str, source: str) -> Iterator[Any]:
@@ -258,7 +269,14 @@ def conversation(messages: list[dict[str, str]], tokenizer: Any, source: str) ->
             )
 
     def tokens(count: int, prompt: bool) -> list[int]:
-        ids = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
+        try:
+            ids = tokenizer.apply_chat_template(messages[:count], add_generation_prompt=prompt, return_dict=False)
+        except (TemplateError, ValueError) as error:
+            roles = ", ".join(message["role"] for message in messages[:count]) or "none"
+            raise MoyuError(
+                f"the chat template of the tokenizer refuses a conversation in data {source!r}, with the turns {roles} "
+                f"({error}); leave such conversations out, or give plain text"
+            ) from error
         return list(ids)
 
     ids = tokens(len(messages), prompt=False)

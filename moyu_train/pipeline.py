@@ -241,11 +241,14 @@ class Run:
         return self.folder / name
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """A finished stage's record, or None where it is missing or belongs to another recipe, text or model."""
+        """A finished stage's record, or None where it is missing, damaged or of another recipe, text or model."""
         path = self.stage_folder(name) / "stage.json"
         if not path.is_file():
             return None
-        record = read_json(path)
+        try:
+            record = read_json(path)
+        except MoyuError:
+            return None  # so that the stage runs again
         return record if record.get("key") == self.key(name) and "figures" in record else None
 
     def figures(self, name: str) -> dict[str, Any]:
@@ -267,7 +270,8 @@ def _weights(source: str) -> list[str]:
     path = Path(source)
     if not path.is_dir():
         return [source]
-    return [sha256(file) for file in sorted([*path.glob("*.safetensors"), path / "config.json"])]
+    files = [*path.glob("*.safetensors"), *path.glob("*.bin"), path / "config.json"]
+    return [sha256(file) for file in sorted(files)]
 
 
 def run_stage(run: Run, name: str) -> dict[str, Any]:
@@ -300,6 +304,11 @@ def run_stage(run: Run, name: str) -> dict[str, Any]:
 def _clear_others(folder: Path, key: str) -> None:
     """Keep what an interrupted run of this very stage left, for it to resume from; delete anything else."""
     owner = folder / "key"
+    if folder.exists() and not owner.is_file() and any(folder.iterdir()):
+        raise MoyuError(
+            f"{str(folder)!r} holds files that no stage wrote, and the stage {folder.name!r} would take their place; "
+            "give another folder as run, or move them away"
+        )
     if folder.exists() and not (owner.is_file() and owner.read_text() == key):
         shutil.rmtree(folder)
     (folder / "stage.json").unlink(missing_ok=True)

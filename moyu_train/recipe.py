@@ -47,7 +47,7 @@ class Recipe(Section):
 
     model: str = Field(min_length=1, description="hub id, folder or GGUF file of the dense model")
     run: str = Field("", description="run folder; default runs/<recipe name>")
-    seed: int = Field(0, description="of everything that is random")
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is random")
     target_sparsity: float = Field(0.6, gt=0, lt=1, description="share of neurons off per token under the rule")
     blocks: tuple[Block, ...] = Field((), description="FFN blocks, where they are not found by structure")
     data: Data = Data()

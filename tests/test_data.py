@@ -53,6 +53,8 @@ def test_conversations_that_cannot_be_scored_are_refused() -> None:
         tokenise([TALK], tokenizer(), "talk", 2)
     with pytest.raises(MoyuError, match="writes turn 1 of a conversation in data 'talk' in another way"):
         tokenise([TALK], chat(UNSTABLE), "talk", 2)
+    with pytest.raises(MoyuError, match=r"with the turns user, assistant.* \(no system turn\); leave"):
+        tokenise([TALK], chat("{{ raise_exception('no system turn') }}"), "talk", 2)
     with pytest.raises(MoyuError, match="each needs a role and a content"):
         tokenise([[{"role": "user"}]], chat(), "talk", 2)
     with pytest.raises(MoyuError, match="no turn of the role 'assistant'"):

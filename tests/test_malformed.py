@@ -31,6 +31,7 @@ from moyu_train.evaluation.stage import weight_itemsize
 from moyu_train.evaluation.tasks import find_tasks
 from moyu_train.files import read_json, read_tensors, sha256, write_json
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source, skeleton
+from moyu_train.pipeline import _clear_others, _weights
 from moyu_train.recipe import RecipeError, load_recipe
 from moyu_train.settings_export import Evaluate
 from moyu_train.training import stages
@@ -335,3 +336,47 @@ def test_the_command_line_tells_what_the_kernels_say(
     for verb in (["verify"], ["generate", "--prompt", "x"], ["bench"]):
         assert main([verb[0], str(sparse), *verb[1:]]) == 1
         assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_model_without_one_of_its_weights_is_refused(good: Path, tmp_path: Path) -> None:
+    folder = copied(good / "dense", tmp_path / "dense")
+    tensors = read_tensors(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    save_file(
+        {key: value for key, value in tensors.items() if key != name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert name in tells(lambda: load_dense(folder))
+
+
+def test_a_folder_of_a_model_that_is_not_there() -> None:
+    assert "does not exist" in tells(lambda: resolve_source("../nowhere/llama"))
+
+
+def test_a_stage_leaves_files_of_others_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "export" / "thesis.csv"
+    mine.parent.mkdir()
+    mine.write_text("1")
+    assert "files that no stage wrote" in tells(lambda: _clear_others(mine.parent, "key"))
+    assert mine.read_text() == "1"
+    mine.unlink()
+    _clear_others(mine.parent, "key")
+    (mine.parent / "model.safetensors").write_text("of another recipe")
+    _clear_others(mine.parent, "other key")
+    assert [path.name for path in mine.parent.iterdir()] == ["key"]
+
+
+def test_other_weights_in_bin_files_are_another_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    keys = []
+    for content in (b"1", b"2"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        keys.append(_weights(str(tmp_path)))
+    assert keys[0] != keys[1]
+
+
+def test_rows_without_the_field_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.JSONL"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"txet": "two"}\n')
+    assert "row 3 (it has txet)" in tells(lambda: list(read_texts(str(path), "text")))
+    path.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert list(read_texts(str(path), "text")) == ["one", "two"]

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_settings
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moyu_train.checkpoints.export import MANIFEST, read_state
 from moyu_train.cli import main
@@ -79,3 +80,16 @@ def test_stale_predictors_of_a_checkpoint_are_not_read(tmp_path: Path) -> None:
     write_json(tmp_path / MANIFEST, {"ffn_sha256": "1" * 64})
     with pytest.raises(MoyuError, match=r"the predictors are stale, .* `moyu fit-predictors --from"):
         read_state(tmp_path)
+
+
+def test_blocks_that_no_op_computes_go_through_to_the_report(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, save_tiny(tmp_path / "model")) | {
+        "predictor": None,
+        "control": None,
+        "bench": None,
+    }
+    config = AutoConfig.from_pretrained(tmp_path / "model", mlp_bias=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["run", str(tmp_path / "recipe.yaml")]) == 0
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["bytes_skipped"] is None

@@ -252,7 +252,7 @@ class SparseFFN(SparseModule):
         """Of x `[..., D]`, what the neurons in use make of it."""
         rows = x.numel() // self.hidden
         rule, threshold = self._rule()
-        if rows > MAX_ROWS:
+        if rows > MAX_ROWS or (self.training and torch.is_grad_enabled()):  # the ops have no gradient
             a, _, kept = naive.ruled_activation(*self._front(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return self._down(a)
@@ -322,7 +322,14 @@ class SparseGatedFFN(SparseFFN):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        gate, up, down = gate_up_down([getattr(self, name).weight for name in self._names])
+        projections = [getattr(self, name) for name in self._names]
+        for name, projection in zip(self._names, projections, strict=True):
+            if "base_layer" in projection._modules:
+                raise ValueError(
+                    f"{name} of a sparse FFN holds an adapter (peft), which its op does not read; adapt the attention "
+                    "alone, or train adapters on the dense model under its masks (`moyu finetune`), merge and export"
+                )
+        gate, up, down = gate_up_down([projection.weight for projection in projections])
         return gate, up, down.t()
 
     @property

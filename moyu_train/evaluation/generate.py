@@ -28,6 +28,8 @@ def generate(
     except CheckpointError as error:
         raise MoyuError(str(error)) from error
     tokenizer = load_tokenizer(folder)
+    if chat and not tokenizer.chat_template:
+        raise MoyuError(f"the tokenizer in {str(folder)!r} has no chat template; leave --chat out")
     if chat:
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt")["input_ids"]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from moyu_kernels.ffn import installed_ffn
+from moyu_kernels.ffn import found_ffn
 from moyu_kernels.modules import SparseModule
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -82,7 +82,7 @@ def _first(output: Any) -> Tensor:
 def _again(sparse: Any, part: Part) -> tuple[Tensor, list[Tensor]]:
     """What the part gave in the masked model, `[N, D]`, and what it gives in the sparse one: a token at a time where a
     kernel decodes, and all at once."""
-    module = installed_ffn(sparse, part.path, part.up) if part.up else sparse.get_submodule(part.path)
+    module = found_ffn(sparse, part.path, part.up) if part.up else sparse.get_submodule(part.path)
     if not isinstance(module, SparseModule):
         whole = _first(sparse.get_submodule(part.path)(*part.args, **part.kwargs))
         return part.output.flatten(0, -2), [whole.flatten(0, -2)]

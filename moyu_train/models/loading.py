@@ -45,6 +45,8 @@ def resolve_source(model: str) -> str:
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise MoyuError(f"model folder {model!r} has no config.json; give a folder written by save_pretrained")
+    if model.startswith((".", "/", "~")) and not folder.is_dir():
+        raise MoyuError(f"model folder {model!r} does not exist; give a folder written by save_pretrained or a hub id")
     return model
 
 
@@ -142,11 +144,20 @@ def load_dense(
         clear_marker(config)
     describe_blocks(config, described)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False).eval()
-    except (*MALFORMED, RuntimeError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    except (*MALFORMED, RuntimeError, ImportError) as error:
         if isinstance(error, MoyuError):
             raise
         raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise MoyuError(
+            f"model {str(path)!r} lacks {len(missing)} of the weights that its config asks for (the first is "
+            f"{missing[0]}), and would run on random ones in their place; copy it again, or mend its config.json"
+        )
+    model.eval()
     if rule:
         set_marker(model.config, rule)
     moyu = getattr(config, "moyu", None) or {}

@@ -168,7 +168,7 @@ def _closest(goal: tuple[str, float], known: list[Any]) -> tuple[float, Point]:
         if near > value:
             raise MoyuError(
                 f"calibrate.bytes_skipped {value} was not met in the loop: {near:.3f} is skipped at least, since many "
-                f"neurons score alike (as under ReLU); raise it to about {near:.2f}"
+                f"neurons score alike (as under ReLU); raise it to about {math.ceil(near * 100) / 100:.2f}"
             )
         raise MoyuError(
             f"calibrate.bytes_skipped {value} was not reached in the loop (at most {near:.3f}); lower it, raise "

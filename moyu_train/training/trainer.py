@@ -162,7 +162,7 @@ class SparsityTrainer(Trainer):
     def _note(self, name: str, value: Tensor, tokens: Tensor | int) -> None:
         """For the log: this process's share of a mean over `tokens`, which `log` sums over processes."""
         if torch.is_grad_enabled():
-            self._parts[name] = self._parts.get(name, 0.0) + value.item() / float(tokens)
+            self._parts[name] = self._parts.get(name, 0.0) + value.item() / max(float(tokens), 1.0)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
         real = sum((_real_tokens(batch) for batch in batch_samples), torch.zeros((), dtype=torch.long))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from moyu_kernels import from_pretrained
 from moyu_kernels.checkpoint import CheckpointError
+from peft import LoraConfig, get_peft_model
 from sparse_checkpoints import tiny_llama, write_checkpoint, write_manifest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
@@ -73,3 +74,27 @@ def test_a_device_map_places_all_or_is_refused(checkpoint: Factory) -> None:
     on_disk |= {f"model.layers.{index}": "disk" for index in range(placed.config.num_hidden_layers)}
     with pytest.raises(CheckpointError, match=r"weights \(model\.layers\.0.* out of memory, .*hold the whole model"):
         from_pretrained(folder, device_map=on_disk)
+
+
+def test_short_texts_train_as_long_ones_do(checkpoint: Factory) -> None:
+    folder = checkpoint(tiny_llama(torch.float32))
+    ids = torch.arange(3, 9)[None]
+    found = []
+    for backend in ("reference", "cpu"):
+        model = from_pretrained(folder, mode="rule", backend=backend).train().requires_grad_()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+        assert all(gradient is not None and gradient.abs().max() > 0 for gradient in found[-1])
+    torch.testing.assert_close(*found)
+
+
+def test_adapters_of_the_ffn_are_refused(checkpoint: Factory) -> None:
+    model = from_pretrained(checkpoint(tiny_llama(torch.float32)))
+    ids = torch.arange(3, 9)[None]
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))(ids)
+    adapted = get_peft_model(
+        from_pretrained(checkpoint(tiny_llama(torch.float32))), LoraConfig(target_modules=["down_proj"])
+    )
+    for length in (1, 12):
+        with pytest.raises(ValueError, match="down_proj of a sparse FFN holds an adapter"):
+            adapted(torch.arange(3, 3 + length)[None])
