@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moyu_kernels.ffn import LAYOUTS_WITH_OP
+from moyu_kernels.ffn import simulated_because
 from moyu_kernels.ops.ffn.naive import SIMULATED, predictor_family
 
 from moyu_train.checkpoints.export import (
@@ -23,8 +23,10 @@ from moyu_train.evaluation.head_masks import HeadMasks
 from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.evaluation.through_kernels import through_kernels
+from moyu_train.models.blocks import find_blocks
 from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense
+from moyu_train.models.marker import base_activation
 from moyu_train.training.heads import head_routers
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
@@ -53,9 +55,11 @@ def evaluate_checkpoint(
     inputs, heads = read_inputs(folder), read_heads(folder)
     itemsize = weight_itemsize(folder)
     model = load_dense(folder)
+    act = rules[0].stock_activation or base_activation(model.config)
+    blocks = zip(find_blocks(model), rules, strict=True)
+    simulated = any(simulated_because(block.module, block.describe(), act, rule) for block, rule in blocks)
     with SparseMasks(model, rules, predictors, inputs=inputs) as masks, HeadMasks.of(model, heads) as of_heads:
         sparse = score(model, documents, window, "evaluate: sparse")
-    simulated = rules[0].op is None or any(block.layout not in LAYOUTS_WITH_OP for block in masks.blocks)
     if predictors and predictor_family(list(predictors[0].values())) in SIMULATED:
         simulated = True
     figures: dict[str, Any] = {
