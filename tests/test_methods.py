@@ -253,8 +253,9 @@ def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.nn.ReLU()
     rules, predictors = fitted(model, tmp_path)
-    with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.31"):
+    with pytest.raises(MoyuError, match=r"bytes_skipped 0\.25 was not met .* raise it to about 0\.32"):
         calibrate_in_loop(model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.25), itemsize=4)
+    calibrate_in_loop(model, rules, predictors, DOCUMENTS, Calibrate(tokens=600, bytes_skipped=0.32), itemsize=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

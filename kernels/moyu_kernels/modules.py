@@ -252,7 +252,7 @@ class SparseFFN(SparseModule):
         """Of x `[..., D]`, what the neurons in use make of it."""
         rows = x.numel() // self.hidden
         rule, threshold = self._rule()
-        if rows > MAX_ROWS or (self.training and torch.is_grad_enabled()):  # the ops have no gradient
+        if rows > MAX_ROWS or (self.training and x.requires_grad and torch.is_grad_enabled()):  # ops have no gradient
             a, _, kept = naive.ruled_activation(*self._front(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return self._down(a)
