@@ -121,7 +121,9 @@ class CompiledStep:
         results = [i for i, value in enumerate(self._outputs) if value is logits]
         if len(places) != 1 or len(results) != 1:
             return None
-        graph, inputs, place, result = self._graph, self._inputs, places[0], results[0]
+        graph, place, result = self._graph, places[0], results[0]
+        # Aliases, which keep memory that a parameter has since left: a replay reads it.
+        inputs = [value.detach() if isinstance(value, Tensor) else value for value in self._inputs]
 
         def call(ids: Tensor) -> Tensor:
             inputs[place] = ids

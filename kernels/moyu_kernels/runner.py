@@ -7,6 +7,7 @@ layers and attention are swapped for the `moyu` ops on the same parameters.
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ class Runner:
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._attention = model.config._attn_implementation
         self._steps: dict[Any, CompiledStep] = {}
+        self._places: list[int] = []  # of the model's tensors in memory
         self._told = False
         if self.device.type == "cpu":
             self._swap()
@@ -90,6 +92,8 @@ class Runner:
     def close(self) -> None:
         """Give the model its own linear layers and attention back."""
         for parent, name, child in self._undo:
+            twin = getattr(parent, name)
+            child.weight, child.bias = twin.weight, twin.bias  # which may have been assigned anew
             setattr(parent, name, child)
         self._undo.clear()
         if self.model.config._attn_implementation == ATTENTION:
@@ -105,7 +109,8 @@ class Runner:
     def seek(self, position: int) -> None:
         """Go back to `position`: what was decoded from there on is written over by the next steps.
 
-        Raises: ValueError for a position that was not reached, or among the tokens that masks are taken from.
+        Raises: ValueError for a position that was not reached, or among the tokens that masks are taken from, or for a
+            model with recurrent layers.
         """
         if any(position < state.seen for state in self._prompts):
             raise ValueError(
@@ -114,27 +119,44 @@ class Runner:
             )
         if not 0 <= position <= self.position:
             raise ValueError(f"position {position} is not between 0 and {self.position}, where the runner stands")
+        if not self._stand(position):
+            raise ValueError("this model's cache has layers that cannot go back (recurrent ones); prefill anew")
+
+    def _stand(self, position: int) -> bool:
+        """Whether the cache could be put there."""
+        from transformers.cache_utils import StaticLayer
+
+        if any(type(layer) is not StaticLayer for layer in self.cache.layers):
+            return False
         layers: list[Any] = self.cache.layers
         for layer in layers:
             layer.cumulative_length.fill_(position)
         self.position = position
+        return True
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> Tensor:
         """Start anew with a prompt, under the rule's exact mask.
 
         Args: ids int64 `[batch, T]`. Returns: logits of the last position `[batch, V]`.
+        Parameters whose memory was replaced since the last prompt are the model's new ones from here on.
+
         Raises: ValueError where the prompt does not fit.
         """
         self._check(ids)
         self.reset()
-        self._advance(ids.shape[1])
+        places = [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+        if places != self._places:  # a compiled step keeps to those that it was made with
+            self._steps.clear()
+            self._places = places
         modes = [module.mode for module in self._sparse]
         try:
             for module in self._sparse:
                 if module.mode == "predicted":
                     module.set_mode("rule")
-            output = self.model(input_ids=ids.to(self.device), past_key_values=self.cache, use_cache=True)
+            with self._advancing(ids.shape[1]):
+                ids = ids.to(self.device, torch.int64)
+                logits = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
         finally:
             for module, mode in zip(self._sparse, modes, strict=True):
                 module.set_mode(mode)
@@ -146,7 +168,7 @@ class Runner:
                 ids.shape[1],
             )
             self._told = True
-        return output.logits[:, -1]
+        return logits
 
     @property
     def _watching(self) -> bool:
@@ -161,12 +183,14 @@ class Runner:
         Raises: ValueError where the cache is full, or where masks from the prompt have since become those of a sequence
             that was decoded elsewhere.
         """
-        # Contiguous, since a compiled step reads the strides that it was compiled for: a column of a prompt has others.
-        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1).contiguous()
+        ids = torch.as_tensor(token, device=self.device).reshape(-1, 1)
         self._check(ids)
         for state in self._prompts:
             follow(state, self.cache, self.position)
-        self._advance(1)
+        with self._advancing(1):  # of one dtype and contiguous, since a compiled step reads what it was compiled for
+            return self._decode(ids.to(torch.int64).contiguous())
+
+    def _decode(self, ids: Tensor) -> Tensor:
         if not self._compile or self._watching:
             return _step(self.model, self.cache, ids)
         # A compiled step has no guards, so what they would have watched is part of the key.
@@ -204,13 +228,23 @@ class Runner:
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.shape[0] != self.batch:
             raise ValueError(f"ids have shape {list(ids.shape)}, the runner was made for [{self.batch}, T]")
+        if ids.is_floating_point():
+            raise ValueError(f"ids are {ids.dtype}, and token ids are whole numbers: pass int64")
 
-    def _advance(self, tokens: int) -> None:
+    @contextmanager
+    def _advancing(self, tokens: int) -> Iterator[None]:
+        """What fails leaves the runner, and its cache, where they stood, or at the start where that cannot be."""
         if self.position + tokens > self.max_length:
             raise ValueError(
                 f"{self.position + tokens} tokens do not fit max_length={self.max_length}; make a runner with a larger "
                 "one"
             )
+        try:
+            yield
+        except BaseException:
+            if not self._stand(self.position):
+                self.reset()
+            raise
         self.position += tokens
 
 

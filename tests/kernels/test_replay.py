@@ -60,6 +60,34 @@ def test_a_token_outside_the_vocabulary_is_an_error(replays: list[int]) -> None:
     torch.testing.assert_close(decode(runner, ids, 5), expected, rtol=0, atol=0)
 
 
+@torch.no_grad()
+def test_tokens_of_another_dtype(replays: list[int]) -> None:
+    runner, ids = Runner(tiny_llama(torch.float32), max_length=10), prompt(10)
+    expected = decode(runner, ids, 5)
+    for dtype in (torch.int32, torch.uint8):
+        assert all(map(torch.equal, decode(runner, ids.to(dtype), 5), expected))
+    assert len(replays) == 4 + 5 + 5
+
+
+@torch.no_grad()
+def test_parameters_that_are_replaced(replays: list[int]) -> None:
+    """Until the next prompt steps read the old ones, whose memory is kept."""
+    model, ids = tiny_llama(torch.float32), prompt(10)
+    runner = Runner(model, max_length=10)
+    old = decode(runner, ids, 5)
+    runner.prefill(ids[:, :5])
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    after = [torch.full_like(parameter, 1e6) for parameter in model.parameters()]  # where the old ones would have been
+    steps = [runner.step(ids[:, i : i + 1]) for i in range(5, 10)]
+    assert all(map(torch.equal, steps, old[1:]))
+    del after
+    new = decode(runner, ids, 5)
+    torch.testing.assert_close(torch.cat(new), model(ids).logits[0, 4:], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(new[-1], old[-1], atol=1e-3)
+    assert len(replays) == 4 + 5 + 3, "compiled and recorded anew"
+
+
 class OtherLinear(nn.Linear):
     """Not swapped for the runner's, so the step calls an op of PyTorch's."""
 

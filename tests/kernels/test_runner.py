@@ -127,3 +127,32 @@ def test_limits_are_refused() -> None:
         runner.step(1)
     with pytest.raises(ValueError, match=r"shape \[2, 3\]"):
         runner.prefill(prompt(3, batch=2))
+
+
+@torch.no_grad()
+def test_a_step_that_fails_leaves_the_runner_where_it_stood() -> None:
+    model, ids = tiny_llama(torch.float32), prompt(8)
+    runner = Runner(model, max_length=9, compile=False)
+    expected = decode(runner, ids, 5)
+    runner.prefill(ids[:, :5])
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for turn in range(5, 8):
+        hook = model.model.layers[-1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):  # after the layers have written to their caches
+            runner.step(ids[:, turn : turn + 1])
+        hook.remove()
+        assert runner.position == turn
+        assert torch.equal(runner.step(ids[:, turn : turn + 1]), expected[turn - 4])
+    hook = model.model.layers[-1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        runner.prefill(ids)
+    assert runner.position == 0
+
+
+def test_tokens_are_whole_numbers() -> None:
+    runner = Runner(tiny_llama(), max_length=4, compile=False)
+    with pytest.raises(ValueError, match="token ids are whole numbers"):
+        runner.step(torch.tensor([[1.5]]))
