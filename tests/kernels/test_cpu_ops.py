@@ -223,6 +223,12 @@ def test_attend(dtype: torch.dtype, shape: tuple[int, int, int, int, int]) -> No
     k[:, :, -2:] = v[:, :, -2:] = float("nan")
     assert torch.equal(cpu.attend(q, k, v, mask, 0.2), y)
     assert torch.equal(cpu.attend(q, k, v, mask[:1].expand(batch, 1, 1, length), 0.2)[:1], y[:1])
+    for position in (2, int(mask[0].nonzero()[-1][-1])):  # in vectors and behind them
+        spoiled = k.clone()
+        spoiled[0, :, position, 1] = float("nan")
+        found = cpu.attend(q, spoiled, v, mask, 0.2)
+        assert found[0].isnan().all()
+        assert torch.equal(found[1:], y[1:])
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -210,6 +210,20 @@ def test_what_is_not_finite(rule: str, value: float, what: str) -> None:
         assert found[0].isfinite().all()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("act", "rule"), [("relu", "threshold"), ("relu2", "threshold"), ("silu", "fatrelu")])
+def test_a_predictor_selects_nothing_where_x_is_not_finite(act: str, rule: str, value: float) -> None:
+    """Though relu may make zero of NaN, and the bias alone would select."""
+    arguments = plain_arguments(3, torch.float32, rule, family="lowbit_up", act=act)
+    arguments[5][-1].fill_(1.0)
+    before = cpu.plain_ffn(*arguments)
+    arguments[0][1, 5] = value
+    found, expected = cpu.plain_ffn(*arguments), naive.plain_ffn(*arguments)
+    assert found[1][:, 0].tolist() == expected[1][:, 0].tolist() == [ODD[1], 0, ODD[1]]
+    assert torch.equal(found[0][::2], before[0][::2])
+    assert torch.equal(found[0][1], arguments[-1])
+
+
 def test_ties_are_kept_and_zeros_are_not() -> None:
     arguments = plain_arguments(3, torch.float32, "topk", act="relu", density=0.3)
     arguments[:2] = [torch.randint(-1, 2, tensor.shape).float() for tensor in arguments[:2]]

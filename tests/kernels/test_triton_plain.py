@@ -123,9 +123,11 @@ def test_rows_that_are_not_needed_are_not_loaded() -> None:
 
 
 @computed
+@pytest.mark.parametrize("act", ["gelu_tanh", "relu"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_an_input_that_is_not_finite_selects_nothing(value: float) -> None:
-    arguments = plain_arguments(2, torch.float32, family="lowbit_up")
+def test_an_input_that_is_not_finite_selects_nothing(value: float, act: str) -> None:
+    arguments = plain_arguments(2, torch.float32, family="lowbit_up", act=act)
+    arguments[5][-1].fill_(1.0)  # the bias alone would select
     y, counts = run(arguments)
     arguments[0][1, 3] = value
     spoiled, spoiled_counts = run(arguments)

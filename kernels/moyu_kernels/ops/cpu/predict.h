@@ -249,8 +249,9 @@ struct LowBit {
           square[j] *= ups[j] * ups[j] + error * error;
         }
       }
+      const bool finite = !std::isnan(x.norms[n]);  // relu and fatrelu make zero of what is not
       for (int64_t j = 0; j < size; ++j)
-        mask[j] |= (weight[first + j] * std::sqrt(std::sqrt(square[j])) + bias[first + j] > 0.0f) << n;
+        mask[j] |= (finite && weight[first + j] * std::sqrt(std::sqrt(square[j])) + bias[first + j] > 0.0f) << n;
     }
   }
 };

@@ -183,11 +183,11 @@ inline void sum_four(const Vec* v, float* out) {
 #endif
 }
 
-// e^x of each lane to about 2 ulp, for x <= 0; 0 below -87, where softmax weights no longer count.
+// e^x of each lane to about 2 ulp, for x <= 0 or NaN; 0 below -87, where softmax weights no longer count.
 inline Vec exp_negative(Vec x) {
   typedef int32_t VecS32 __attribute__((vector_size(LANES * 4)));
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Vec in_range = x > -87.0f ? x : Vec{} - 87.0f;
+  const Vec in_range = x < -87.0f ? Vec{} - 87.0f : x;
   const Vec shifted = in_range * 1.44269504f + round, n = shifted - round;
   const Vec r = in_range - n * 0.693359375f + n * 2.12194440e-4f;
   Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -197,7 +197,7 @@ inline Vec exp_negative(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const Vec scale = (Vec)(((VecS32)shifted << 23) + (127 << 23));
-  return x > -87.0f ? p * scale : Vec{};
+  return x < -87.0f ? Vec{} : p * scale;
 }
 
 // A few weight rows: those of one step, or those to fetch for a later one.

@@ -163,8 +163,11 @@ def lowbit_up_scores(
 
 
 def _mean_square(act: Callable[[Tensor], Tensor], g: Tensor, s: Tensor) -> Tensor:
-    """Of `act` of a normal variable, by the two points that have its mean g and its standard deviation s."""
-    return (act(g + s).square() + act(g - s).square()) / 2
+    """Of `act` of a normal variable, by the two points that have its mean g and its standard deviation s.
+
+    NaN where these are, which a rule's act may make zero of.
+    """
+    return ((act(g + s).square() + act(g - s).square()) / 2).masked_fill(s.isnan(), torch.nan)
 
 
 def _lowbit_products(x: Tensor, *copies: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:

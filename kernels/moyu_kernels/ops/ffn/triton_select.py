@@ -211,7 +211,8 @@ def _select_rows(
         if up_codes_ptr is not None:
             square *= ups[row] * ups[row] + up_errors[row] * up_errors[row]
         score = weight * tl.sqrt_rn(tl.sqrt_rn(square)) + bias
-        wanted |= (score > 0).to(tl.int32) << (FIRST + row)
+        finite = gate_errors[row] == gate_errors[row]  # relu makes zero of what is not
+        wanted |= ((score > 0) & finite).to(tl.int32) << (FIRST + row)
     return wanted
 
 
