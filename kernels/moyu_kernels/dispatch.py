@@ -122,7 +122,8 @@ def _kinds(model: Any) -> dict[str, list[SparseFFN]]:
             bits = f" {naive.code_bits(block.predictor[0], block.hidden)} bit" if family == "lowbit" else ""
             rank = f" {len(block.predictor[0])}" if family == "lowrank" else ""
             shape = f"D {block.hidden}, F {block.neurons}, {dtype}, {block.act}" + ("" if block.gated else ", plain")
-            name = f"{shape}, {family}{bits}{rank}, {block.rule}, {block.backend}"
+            apart = ", rows apart" if block.apart else ""
+            name = f"{shape}, {family}{bits}{rank}, {block.rule}, {block.backend}{apart}"
             kinds.setdefault(name, []).append(block)
     return kinds
 
@@ -160,7 +161,7 @@ def time_ways(blocks: Sequence[SparseFFN], batch: int) -> Times:
     size = sum(weight.numel() * weight.element_size() for weight in first.weights)
     blocks = blocks[: max(COLD_BYTES // size, 1)]
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, first.hidden, generator=g).to(first.threshold.device, _input_dtype(first))
+    x = torch.randn(batch, first.hidden, generator=g).to(first.threshold.device, first.input_dtype)
     order = torch.rand(first.neurons, generator=g).argsort().argsort().to(x.device)
     ways: dict[str, Tensor | None] = {"rule": None}
     for density in DENSITIES:  # a bias that decides alone selects just so many, at the predictor's full cost
@@ -174,11 +175,6 @@ def time_ways(blocks: Sequence[SparseFFN], batch: int) -> Times:
                 block.run_op(x, predictor)
             seconds[name].append((now(x.device) - started) / len(blocks))
     return {name: statistics.median(found[1:]) for name, found in seconds.items()}  # the first one warms up
-
-
-def _input_dtype(block: SparseFFN) -> torch.dtype:
-    dtype = block.weights[0].dtype
-    return torch.bfloat16 if dtype == torch.int8 else dtype
 
 
 def now(device: torch.device) -> float:

@@ -1,12 +1,12 @@
 """The linear layer that skips the weights of weak inputs."""
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .modules import MAX_ROWS, SparseModule, check_mode, resolve_backend
+from .modules import MAX_ROWS, SparseModule, check_mode, lay_out, resolve_backend
 from .ops import cpu
 from .ops.linear import naive
 
@@ -51,19 +51,22 @@ class SparseLinear(SparseModule):
                     f"{name} is {tensor.dtype} {list(tensor.shape)}, the layer needs torch.float32 "
                     f"[{self.in_features}]; pass the tensor that was exported for this layer"
                 )
-        original.weight.data = original.weight.data.t().contiguous().t()
         self.weight, self.bias = original.weight, original.bias
         device = self.weight.device
         self.register_buffer("threshold", threshold.to(device), persistent=False)
         self.register_buffer("centre", None if centre is None else centre.to(device), persistent=False)
-        self.register_buffer("offset", None if centre is None else self._products(centre.to(device)), persistent=False)
+        self.register_buffer("offset", None, persistent=False)
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        self._lay_out()
+        self.register_load_state_dict_post_hook(lay_out)
         self.set_mode(mode, backend)
 
     @torch.no_grad()
-    def _products(self, centre: Tensor) -> Tensor:
-        found = self.weight.float() @ centre.to(self.weight.dtype).float()
-        return found if self.bias is None else found + self.bias.float()
+    def _lay_out(self) -> None:
+        self.weight.data = self.weight.data.t().contiguous().t()
+        if self.centre is not None:
+            found = self.weight.float() @ self.centre.to(self.weight.dtype).float()
+            self.offset = found if self.bias is None else found + self.bias.float()
 
     @property
     def constant_bytes(self) -> int:
@@ -76,14 +79,14 @@ class SparseLinear(SparseModule):
         self.mode = mode
         if backend is not None:
             self.backend = resolve_backend(backend, self.weight.device)
-            self._run: Any = naive.sparse_linear
+            self._run = naive.sparse_linear
             if self.backend == "triton":
                 from .ops.linear import triton
 
                 self._run = triton.sparse_linear
             elif self.backend == "cpu":
                 cpu.load()
-                self._run = torch.ops.moyu.sparse_linear.default
+                self._run = cast(Any, torch.ops.moyu.sparse_linear.default)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

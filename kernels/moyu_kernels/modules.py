@@ -52,12 +52,28 @@ def side_by_side(matrices: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.stack(tuple(matrices), dim=1).unbind(1)
 
 
+def _lie_together(matrices: Sequence[Tensor]) -> bool:
+    """Whether they are as `side_by_side` returns them."""
+    width, size = matrices[0].shape[1], matrices[0].element_size()
+    starts = [matrix.data_ptr() - matrices[0].data_ptr() for matrix in matrices]
+    strides = {matrix.stride() for matrix in matrices}
+    return starts == [i * width * size for i in range(len(matrices))] and strides == {(len(matrices) * width, 1)}
+
+
 class SparseModule(nn.Module):
     """What runs in a mode and on a backend, and keeps the dtypes of its buffers under `.to(dtype)`."""
 
     mode: str
     backend: str
     counts: Tensor
+    _run: Callable[..., tuple[Tensor, Tensor]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_run"}  # ops cannot be pickled
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.set_mode(self.mode, self.backend)
 
     def set_mode(self, mode: str, backend: str | None = None) -> Self:
         """Switch the mode, and the backend where one is given."""
@@ -150,27 +166,28 @@ class SparseFFN(SparseModule):
         """gate (where there is one), up and down, each `[F, D]` with contiguous rows."""
         raise NotImplementedError
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of x."""
+        return self.weights[0].dtype
+
     def _keep(self, rows: Sequence[Tensor]) -> None:
         """Have these tensors, of the same values, in the places of `weights`."""
         raise NotImplementedError
 
     @torch.no_grad()
     def _lay_out(self) -> None:
-        """Put the weights in memory as the backend reads them fastest."""
+        """Put the weights in memory as the backend reads them fastest: after copies, which keep nothing of it."""
         rows = self.weights
         if not self._predictor or self.backend != "cpu" or self.apart:
             self._keep([matrix.contiguous() for matrix in rows])
-        elif any(matrix.stride(0) != len(rows) * self.hidden for matrix in rows):
+        elif not _lie_together(rows):
             self._keep(side_by_side(rows))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._lay_out()  # of which a copy in another dtype or place keeps nothing
+        self._lay_out()
         return self
-
-    def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
-        self._lay_out()  # nor does copy.deepcopy
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -311,7 +328,7 @@ class SparseGatedFFN(SparseFFN):
         for name, projection in projections.items():
             self.add_module(name, projection)
         self.register_state_dict_post_hook(_apart)
-        self.register_load_state_dict_post_hook(_laid_out)
+        self.register_load_state_dict_post_hook(lay_out)
 
     def _keep(self, rows: Sequence[Tensor]) -> None:
         *front, down = (getattr(self, name).weight for name in self._names)
@@ -350,9 +367,9 @@ def _apart(block: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
         state[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"].contiguous()
 
 
-def _laid_out(block: Any, _: Any) -> None:
-    """Weights that were assigned, not copied, as they must lie."""
-    block._lay_out()
+def lay_out(module: Any, _: Any) -> None:
+    """A hook after loading: weights that were assigned, not copied, as they must lie."""
+    module._lay_out()
 
 
 class Linear(nn.Module):

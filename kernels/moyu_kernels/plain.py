@@ -10,15 +10,24 @@ from typing import Any
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .modules import SparseFFN
+from .modules import SparseFFN, lay_out
 
 
 class PassedOn(nn.Module):
-    """In the place of a down projection, whose parameters it keeps: hands on its input, which is the FFN's output."""
+    """In the place of a down projection, whose parameters it keeps: hands on its input, which is the FFN's output.
 
-    def __init__(self, weight: Any, bias: Any) -> None:
+    Args: transposed: whether the weight is `[D, F]`, of which the ops read columns.
+    """
+
+    def __init__(self, weight: Any, bias: Any, transposed: bool = False) -> None:
         super().__init__()
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self._transposed = weight, bias, transposed
+        self.register_load_state_dict_post_hook(lay_out)
+
+    def _lay_out(self) -> None:
+        if self.weight is not None:
+            weight = self.weight.data
+            self.weight.data = weight.t().contiguous().t() if self._transposed else weight.contiguous()
 
     def forward(self, y: Tensor) -> Tensor:
         return y
@@ -53,7 +62,9 @@ class SparsePlainFFN(SparseFFN):
     def _store(self, projections: dict[str, Any]) -> None:
         up, down = projections.values()
         self.weight, self.bias = up.weight, up.bias
-        self._passed_on = (PassedOn(down.weight, down.bias),)  # in a tuple: its parameters are those of another place
+        # In a tuple: its parameters are those of another place.
+        self._passed_on = (PassedOn(down.weight, down.bias, transposed=not self._straight[1]),)
+        self.register_load_state_dict_post_hook(lay_out)
 
     @property
     def passed_on(self) -> PassedOn:

@@ -1,7 +1,7 @@
 """The sparse FFN blocks on int8 weights: each row that is read has half the bytes of bf16."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as functional
@@ -19,7 +19,7 @@ class Int8Rows(SparseFFN):
     (`quantise_rows`, `quantise_down`).
 
     The op takes the rows as they are; prefill widens them in parts to x's dtype. The weights are let go. The state dict
-    is the stock one and holds what the rows stand for, in the projections' dtype.
+    is the stock one and holds what the rows stand for, in the dtype that the projections would have.
 
     Raises: ValueError also for weights that are not finite.
     """
@@ -39,6 +39,14 @@ class Int8Rows(SparseFFN):
             self.register_buffer(name, codes, persistent=False)
         self.register_buffer("scales", torch.stack([scale for _, scale in rounded]), persistent=False)
         self.register_buffer("columns", columns, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        return self._dtype
 
     @property
     def weights(self) -> tuple[Tensor, ...]:

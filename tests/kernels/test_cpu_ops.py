@@ -355,6 +355,17 @@ assert cpu.linear(x, w).tolist() == [[4.0] * 3]
     assert errors.count("falls back to plain PyTorch") == 1
 
 
+def test_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for name in ("MOYU_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(build.BuildError, match=r"home directory\. set MOYU_CACHE to a writable folder"):
+        build.build_library()
+
+
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     code = """
 from moyu_kernels.ops.cpu import build

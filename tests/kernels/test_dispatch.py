@@ -11,8 +11,9 @@ from moyu_kernels import Runner, SparseGatedFFN, dispatch, from_pretrained
 from moyu_kernels.dispatch import DENSITIES, break_even, choose, time_ways
 from moyu_kernels.modules import set_mode
 from moyu_kernels.ops.cpu import build
-from predictors import FAMILIES
+from predictors import FAMILIES, random_predictor
 from sparse_checkpoints import NEURONS, tiny_llama, write_checkpoint
+from torch import nn
 
 
 def times(rule: float, slope: float = 1.0) -> dict[str, float]:
@@ -142,6 +143,16 @@ def test_each_density_is_timed_at_just_so_many_neurons(
         round_of += [[-int(-density * NEURONS // 1)] * 3] * 2
     assert selected == round_of * (dispatch.ROUNDS + 1)
     assert all(block.counts.sum() == 0 for block in blocks)
+
+
+def test_blocks_whose_rows_lie_otherwise_are_timed_by_themselves() -> None:
+    def block(names: dict[str, int]) -> SparseGatedFFN:
+        projections = {name: nn.Linear(16, rows, bias=False) for name, rows in names.items()}
+        projections["down"] = nn.Linear(32, 16, bias=False)
+        return SparseGatedFFN(projections, "silu", torch.zeros(32), random_predictor("lowbit", 16, 32, 4))
+
+    blocks = [block(names) for names in ({"gate": 32, "up": 32}, {"gate_up": 64}, {"gate": 32, "up": 32})]
+    assert [len(found) for found in dispatch._kinds(nn.ModuleList(blocks)).values()] == [2, 1]
 
 
 def test_what_has_nothing_to_choose_from_is_refused(folder: Path, tmp_path: Path) -> None:

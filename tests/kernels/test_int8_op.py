@@ -242,15 +242,18 @@ def test_block_equals_a_block_on_the_rounded_weights(rule: str, part: int, monke
 
 def test_block_keeps_one_copy_and_a_stock_state_dict() -> None:
     stock = projections(torch.bfloat16)
-    block = Int8GatedFFN(dict(stock), "silu", torch.zeros(192), [], "rule").to(torch.float16)
+    block = Int8GatedFFN(dict(stock), "silu", torch.zeros(192), [], "rule")
+    state = block.state_dict()
+    block = block.to(torch.float16)
     kept = [*block.parameters(), *block.buffers()]
     assert sum(t.numel() * t.element_size() for t in kept if t.numel() > 1000) == 3 * 64 * 192
     assert all(weight.dtype == torch.int8 and weight.is_contiguous() for weight in block.weights)
     assert block.scales.dtype == torch.float32
-    state = block.state_dict()
     assert state.keys() == {f"{name}.weight" for name in stock}
     for name, projection in rounded(stock).items():
         assert torch.equal(state[f"{name}.weight"], projection.weight)
+        moved = block.state_dict()[f"{name}.weight"]
+        torch.testing.assert_close(moved, projection.weight.half(), rtol=0.01, atol=1e-4)
 
 
 def test_loading(checkpoint: Factory, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from checks import same_on_any_number_of_threads
-from moyu_kernels import Runner, from_pretrained
+from moyu_kernels import Runner, dispatch, from_pretrained
 from moyu_kernels.ffn import installed_ffn
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
@@ -132,3 +132,14 @@ def test_a_model_decodes_and_saves_what_its_rows_stand_for(checkpoint: Factory, 
     assert names == {name for name in before if not torch.equal(before[name].float(), after[name].float())}
     for name in names:
         torch.testing.assert_close(after[name].float(), before[name].float(), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_ways_are_timed_on_inputs_that_go_with_the_biases(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "ROUNDS", 1)
+    block = module(plain_arguments(2, dtype, family="lowbit_up"), mode="predicted", cls=Int8PlainFFN)
+    assert block.input_dtype == dtype
+    assert min(dispatch.time_ways([block], 2).values()) > 0
+    assert block.to(torch.float32).input_dtype == block.widened()[0].dtype == torch.float32

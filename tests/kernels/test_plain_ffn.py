@@ -210,3 +210,19 @@ def test_blocks_without_kernels_stay_whole(checkpoint: Factory, caplog: pytest.L
         model = from_pretrained(checkpoint(stock, blocks=old, field=field, threshold=0.0, family=None), mode="rule")
     assert "the checkpoint does not name its activation module" in caplog.text
     assert not any(isinstance(part, SparseFFN) for part in model.modules())
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("only", ["", "up", "down"])
+def test_assigned_weights_lie_as_copied_ones_do(conv1d: bool, only: str) -> None:
+    arguments, x = plain_arguments(2, torch.float32), torch.randn(2, 65)
+    outputs = []
+    for assign in (False, True):
+        ffn = module(arguments, conv1d)
+        places = nn.ModuleDict({"up": ffn, "down": ffn.passed_on})
+        g = torch.Generator().manual_seed(0)
+        state = {name: torch.randn(value.shape, generator=g) for name, value in places.state_dict().items()}
+        places.load_state_dict({name: state[name] for name in state if only in name}, strict=False, assign=assign)
+        assert all(weight.is_contiguous() for weight in ffn.weights)
+        outputs.append(ffn(x))
+    assert torch.equal(*outputs)

@@ -1,6 +1,7 @@
 """Rows of a neuron that lie side by side in memory: what the ops and the blocks make of them, and what is saved."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -105,9 +106,10 @@ def test_the_layout_follows_what_reads_it(kind: type[SparseGatedFFN]) -> None:
 
 
 @pytest.mark.parametrize("kind", [SparseGatedFFN, Int8GatedFFN])
-def test_copies_are_laid_out_too(kind: type[SparseGatedFFN]) -> None:
+@pytest.mark.parametrize("pickled", [False, True])
+def test_copies_are_laid_out_too(kind: type[SparseGatedFFN], pickled: bool) -> None:
     block, x = predicted(kind), torch.randn(1, D)
-    twin = copy.deepcopy(block)
+    twin = pickle.loads(pickle.dumps(block)) if pickled else copy.deepcopy(block)
     assert together(twin)
     assert twin.weights[0].data_ptr() != block.weights[0].data_ptr()
     assert torch.equal(twin(x), block(x))

@@ -1,5 +1,7 @@
 """The linear layer with sparse inputs: weight rows of inputs that no row keeps are not read."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,3 +204,20 @@ def test_properties(rows: int, sizes: tuple[int, int], dtype: torch.dtype, seed:
     other = cpu.sparse_linear(x[:, order], weight[order], bias, threshold[order])
     assert torch.equal(other[1], counts)
     assert close(other[0], y)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_weights_and_their_centre(assign: bool) -> None:
+    x, weight, bias, threshold = arguments(2, torch.float32)
+    layers = [nn.Linear(*SIZES[0]) for _ in range(2)]
+    centre = torch.randn(len(threshold))
+    with torch.no_grad():
+        layers[0].weight.copy_(weight.T)
+        layers[0].bias.copy_(bias)
+    expected = SparseLinear(copy.deepcopy(layers[0]), threshold, centre=centre)
+    found = SparseLinear(layers[1], threshold, centre=centre)
+    found.load_state_dict(layers[0].state_dict(), assign=assign)
+    for rows in (x, torch.randn(9, len(threshold))):
+        assert torch.equal(found(rows), expected(rows))
+    again = pickle.loads(pickle.dumps(found))
+    assert torch.equal(again(x), expected(x))

@@ -55,10 +55,16 @@ class BuildError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """`$MOYU_CACHE`, else `$XDG_CACHE_HOME/moyu`, else `~/.cache/moyu`."""
+    """`$MOYU_CACHE`, else `$XDG_CACHE_HOME/moyu`, else `~/.cache/moyu`.
+
+    Raises: BuildError where none is known.
+    """
     if folder := os.environ.get("MOYU_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moyu"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moyu"
+    except RuntimeError as error:  # a user without a home
+        raise BuildError(f"{error} set MOYU_CACHE to a writable folder") from error
 
 
 def build_library() -> Path:
