@@ -15,7 +15,7 @@ from .dispatch import DISPATCH, start_dispatch
 from .ffn import found_ffn, install_ffn, simulated_because, sparse_ffn
 from .heads import HeadRouters, install_heads
 from .inputs import SparseLinear
-from .modules import resolve_backend
+from .modules import check_mode, resolve_backend
 from .prompt import PromptState, watch_sequences
 from .prompt_ffn import PromptFFN
 from .reading import CheckpointError, reading
@@ -24,11 +24,12 @@ from .rules import Rule, simulate
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("stored", "int8")
+PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # of accelerate
 
 
 def from_pretrained(
     folder: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     mode: str = "predicted",
     weights: str | None = None,
@@ -39,7 +40,7 @@ def from_pretrained(
 
     Args:
         folder: a complete sparse checkpoint.
-        dtype: of the model's weights; default what is stored. Thresholds and predictors keep theirs.
+        dtype: of the model's weights, or its name; default what is stored. Thresholds and predictors keep theirs.
         backend: "auto", "cpu", "triton" or "reference".
         mode: "predicted", "rule" or "dense"; without a predictor in the checkpoint, or with one that no op computes,
             "predicted" becomes "rule" for the FFN, with a warning. Attention heads are predicted where the checkpoint
@@ -58,11 +59,10 @@ def from_pretrained(
         marker, so that stock transformers refuses what `save_pretrained` writes.
 
     Raises: CheckpointError where a file is missing, changed, stale or of another format version, a block has no op
-        that takes int8 weights, or `device_map` leaves weights on the disk; ValueError for an unknown `dispatch`, or
-        one that has nothing to choose from.
+        that takes int8 weights, or `device_map` leaves weights on the disk; ValueError for an argument that is not one
+        of these, names a device that is not here, or for a `dispatch` that has nothing to choose from.
     """
-    if dispatch not in DISPATCH:
-        raise ValueError(f"dispatch {dispatch!r} is unknown; use one of {', '.join(DISPATCH)}")
+    _check_arguments(dtype, backend, mode, weights, dispatch, device_map)
     with reading(folder):
         model = _from_pretrained(Path(folder), dtype, backend, mode, weights, device_map)
     if dispatch == "measure":
@@ -70,8 +70,30 @@ def from_pretrained(
     return model
 
 
+def _check_arguments(dtype: Any, backend: str, mode: str, weights: str | None, dispatch: str, device_map: Any) -> None:
+    """Raises: ValueError, before anything is read, which would be taken for damage."""
+    check_mode(mode)
+    resolve_backend(backend, torch.device("cpu"))
+    if dispatch not in DISPATCH:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; use one of {', '.join(DISPATCH)}")
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights {weights!r} are unknown; use one of {', '.join(WEIGHTS)}")
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype not in (None, "auto") and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ValueError(
+            f"dtype {dtype!r} is none of floating point; use torch.bfloat16, torch.float16 or torch.float32"
+        )
+    places = set(device_map.values()) - {"disk"} if isinstance(device_map, dict) else {device_map} - {None, *PLACEMENTS}
+    for place in places:
+        try:
+            torch.empty(0, device=place)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device_map {device_map!r} names {place!r}, which is no device here: {reason}") from error
+
+
 def _from_pretrained(
-    folder: Path, dtype: torch.dtype | None, backend: str, mode: str, weights: str | None, device_map: Any
+    folder: Path, dtype: torch.dtype | str | None, backend: str, mode: str, weights: str | None, device_map: Any
 ) -> Any:
     manifest = read_manifest(folder)
     raw, block_list, settings = read_config(folder)
@@ -120,7 +142,9 @@ def config_owner(config: Any, field: str) -> Any:
     return config if field in config.to_dict() else config.get_text_config()
 
 
-def _load_stock(folder: Path, settings: dict[str, Any], dtype: torch.dtype | None, device_map: Any) -> tuple[Any, str]:
+def _load_stock(
+    folder: Path, settings: dict[str, Any], dtype: torch.dtype | str | None, device_map: Any
+) -> tuple[Any, str]:
     """The dense model from its stock class, and the marker that its config held."""
     import transformers
 

@@ -266,3 +266,25 @@ def test_biases_are_simulated_not_dropped(checkpoint: Factory, caplog: pytest.Lo
     assert not any(isinstance(module, SparseGatedFFN) for module in model.modules())
     ids = torch.randint(128, (1, 4))
     torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"mode": "fast"}, "mode 'fast' is unknown; use one of predicted"),
+        ({"backend": "gpu"}, "backend 'gpu' is unknown; use auto"),
+        ({"weights": "int4"}, "weights 'int4' are unknown; use one of stored, int8"),
+        ({"dtype": "bf16"}, "dtype 'bf16' is none of floating point"),
+        ({"dtype": torch.int8}, r"dtype torch\.int8 is none of floating point"),
+        ({"device_map": "gpu"}, "device_map 'gpu' names 'gpu', which is no device here"),
+        ({"device_map": {"": "cuda:99"}}, "names 'cuda:99', which is no device here"),
+    ],
+)
+def test_an_argument_is_not_taken_for_damage(checkpoint: Factory, argument: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        from_pretrained(checkpoint(tiny_llama()), **argument)
+    assert not isinstance(caught.value, CheckpointError)
+
+
+def test_a_dtype_by_its_name(checkpoint: Factory) -> None:
+    assert from_pretrained(checkpoint(tiny_llama()), dtype="float32", device_map="cpu").dtype == torch.float32
