@@ -13,6 +13,7 @@ from moyu_train.errors import MoyuError
 from moyu_train.evaluation.bench import short_context
 from moyu_train.evaluation.extras import check_extras
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, find_inputs
+from moyu_train.models.context import check_window
 from moyu_train.models.heads import find_attention
 from moyu_train.models.marker import base_activation, check_marker
 from moyu_train.penalties import PENALTIES
@@ -54,6 +55,8 @@ def check_model(recipe: Recipe, model: Any) -> None:
     if recipe.inputs:
         method, _ = resolve("inputs", recipe.inputs, SPARSIFIERS)
         method.check(find_inputs(model, recipe.inputs.modules))
+    for name in ("finetune", "fit", "evaluate"):
+        check_window(model, getattr(recipe, name).window, f"{name}.window")
     rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
     for name in ("finetune", "evaluate"):
         window = getattr(recipe, name).window

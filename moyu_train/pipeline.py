@@ -154,7 +154,10 @@ class Run:
     def _training(self) -> tuple[data.Documents, data.Documents]:
         settings = self.recipe.data
         sources = [self._own_text() if source == own_text.SELF else source for source in settings.sources]
-        return data.training_text(settings, self.tokenizer, self.recipe.finetune.window, sources)
+        train, validation = data.training_text(settings, self.tokenizer, self.recipe.finetune.window, sources)
+        self._check_ids(train)
+        self._check_ids(validation)
+        return train, validation
 
     def _own_text(self) -> str:
         """File of the model's own text, written once."""
@@ -178,7 +181,19 @@ class Run:
     @cached_property
     def test(self) -> data.Documents:
         source = self.recipe.data.test
-        return data.tokenise(data.read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
+        test = data.tokenise(data.read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
+        self._check_ids(test)
+        return test
+
+    def _check_ids(self, documents: data.Documents) -> None:
+        """Raises: MoyuError for tokens that the model does not know."""
+        size = self.skeleton.get_input_embeddings().num_embeddings
+        largest = max(int(ids.max()) for ids in documents.tokens)
+        if largest >= size:
+            raise MoyuError(
+                f"the tokenizer of {self.recipe.model!r} makes token {largest} of the text, and the model has {size}: "
+                "they do not belong together; put the model's own tokenizer into its folder"
+            )
 
     def dense(self, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
         return load_dense(self.source, dtype, self.recipe.described, device)

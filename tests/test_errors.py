@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import save_tiny, tiny_settings
+from tiny import CONFIGS, randomised, save_tiny, tiny_settings, tokenizer
 
 from moyu_train.cli import main
 
@@ -171,3 +171,35 @@ def test_combinations_are_checked_before_weights_load(
     settings["sparsifier"] = {"name": "threshold"}
     settings["calibrate"]["bytes_skipped"] = 0.9
     assert "the predictors alone are" in fails(tmp_path, settings, capsys)
+
+
+def save_like(folder: Path, family: str, **changes: int) -> str:
+    """A model whose config differs, with the tokenizer of all."""
+    config = CONFIGS[family].to_dict() | changes
+    randomised(type(CONFIGS[family]).from_dict(config)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_of_few_positions(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["model"] = save_like(tmp_path / "short", "gpt2", n_positions=40)
+    settings |= {name: settings[name] | {"window": 40} for name in ("fit", "evaluate")} | {"bench": None}
+    for name in ("finetune", "fit", "evaluate"):
+        given = settings | {name: settings[name] | {"window": 41}}
+        assert f"{name}.window is 41, and the model has 40 positions; lower {name}.window" in fails(
+            tmp_path, given, capsys
+        )
+    recipe = tmp_path / "short.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    for verb in ("analyze", "calibrate", "fit-predictors", "calibrate-in-loop"):
+        assert main([verb, str(recipe)]) == 0, "where no setting names the window it is as long as the model"
+
+
+def test_a_tokenizer_of_another_model(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["model"] = save_like(
+        tmp_path / "other", "llama", vocab_size=80, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    found = fails(tmp_path, settings, capsys)
+    assert "of the text, and the model has 80: they do not belong together" in found

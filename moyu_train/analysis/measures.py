@@ -9,6 +9,7 @@ from moyu_train.analysis import causal, history, inertia, matched, over_activati
 from moyu_train.analysis.gap import measure_gap
 from moyu_train.analysis.subject import Seen, Subject, Window, read, windows
 from moyu_train.data import Documents
+from moyu_train.models.context import longest_window
 from moyu_train.progress import console
 from moyu_train.settings import Analyze
 
@@ -24,7 +25,7 @@ def measure(subject: Subject, documents: Documents, settings: Analyze) -> dict[s
     documents = documents.first(settings.tokens)
     rows: list[dict[str, Any]] = [{} for _ in subject.blocks]
     figures: dict[str, Any] = {"layers": rows}
-    few = windows(documents.first(min(CALIBRATION, settings.tokens)), 256)
+    few = windows(documents.first(min(CALIBRATION, settings.tokens)), longest_window(subject.model, 256))
     found = over_activation.measure(subject, few, settings.tau, settings.density)
     _join(rows, found.layers())
     figures["over_activation"] = {"tau": settings.tau} | _means(rows, "over_activation", "needed")
@@ -35,7 +36,7 @@ def measure(subject: Subject, documents: Documents, settings: Analyze) -> dict[s
     if not subject.ordered:
         console.print(f"{subject.name}: experts see tokens without their order, history and inertia are not measured")
         return figures
-    sequences = windows(documents, 1024)
+    sequences = windows(documents, longest_window(subject.model))
     if "gap" in wanted:
         figures["gap"], gaps = measure_gap(subject, sequences)
         _join(rows, gaps)

@@ -138,7 +138,7 @@ def cett_ppl(
             return mask
 
         with subject.masked(drop):
-            scores = score(subject.model, documents, 1024, f"analyze {subject.name}: CETT-PPL-{percent:g}%", tokens)
+            scores = score(subject.model, documents, None, f"analyze {subject.name}: CETT-PPL-{percent:g}%", tokens)
         return scores.perplexity, 1 - kept / seen
 
     layers = range(len(subject.blocks))

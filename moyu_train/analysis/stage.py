@@ -35,7 +35,7 @@ def _figures(subject: Subject, documents: data.Documents, recipe: Recipe) -> dic
         figures["perplexity"] = figures["uplift"][0]["perplexity"]
     else:
         with subject.masked(lambda seen: None):
-            scores = score(subject.model, documents, 1024, f"analyze {subject.name}: perplexity", settings.tokens)
+            scores = score(subject.model, documents, None, f"analyze {subject.name}: perplexity", settings.tokens)
         figures = {"tokens": sum(scores.tokens), "layers": [{"block": block.path} for block in subject.blocks]}
         figures["perplexity"] = scores.perplexity
     measured = measure(subject, documents, settings)

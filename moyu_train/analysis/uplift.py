@@ -46,7 +46,7 @@ def uplift_curve(model: Any, documents: Documents, tokens: int, sparsities: Sequ
         sums[layer] += torch.stack([value.double().sum().cpu() for value in values])
 
     with Masking(blocks, observe):
-        dense = score(model, documents, 1024, "analyze: dense", tokens).perplexity
+        dense = score(model, documents, None, "analyze: dense", tokens).perplexity
     curve = [{"sparsity": 0.0, "perplexity": dense}]
     for sparsity in sparsities:
 
@@ -56,7 +56,7 @@ def uplift_curve(model: Any, documents: Documents, tokens: int, sparsities: Sequ
             return largest(n, torch.full(n.shape[:-1], count, device=n.device))
 
         with Masking(blocks, keep):
-            perplexity = score(model, documents, 1024, f"analyze: oracle {sparsity:.0%} off", tokens).perplexity
+            perplexity = score(model, documents, None, f"analyze: oracle {sparsity:.0%} off", tokens).perplexity
         curve.append({"sparsity": sparsity, "perplexity": perplexity})
     means = (sums[:, :3] / sums[:, 3:]).tolist()
     layers = [

@@ -29,6 +29,7 @@ from moyu_train.evaluation.bench_bytes import bytes_per_token, ffn_read, heads_s
 from moyu_train.evaluation.bench_llamacpp import KINDS, LlamaCpp, llamacpp_files, load
 from moyu_train.evaluation.yardstick import bandwidth_buffer, read_bandwidth
 from moyu_train.models.blocks import ffn_bytes, find_blocks
+from moyu_train.models.context import check_window
 from moyu_train.models.int8 import int8_twin
 from moyu_train.models.loading import load_dense, load_sparse
 from moyu_train.progress import track
@@ -102,6 +103,7 @@ def bench_checkpoint(folder: Path, text: Tensor, settings: Bench) -> dict[str, A
     load_seconds = time.monotonic() - started
     load = partial(load_dense, folder, sparse.dtype, device=sparse.device, compensated=False)
     dense = load()
+    check_window(dense, need, "the largest of bench.contexts with bench.new_tokens")
     # The runner swaps linear layers and attention, stock must not.
     runners = {"dense_runner": load(), "sparse": sparse}
     if read_weights(folder) == "int8":

@@ -9,6 +9,7 @@ import moyu_kernels
 from moyu_kernels.checkpoint import CheckpointError
 
 from moyu_train.errors import MoyuError
+from moyu_train.models.context import check_window
 from moyu_train.models.loading import load_sparse, load_tokenizer
 from moyu_train.progress import console
 
@@ -37,6 +38,7 @@ def generate(
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise MoyuError("the prompt has no tokens; give some text to --prompt")
+    check_window(model, ids.shape[1] + max_new_tokens, "the prompt's length with --max-new-tokens")
     runner = moyu_kernels.Runner(model, max_length=ids.shape[1] + max_new_tokens)
     blocks = [module for module in model.modules() if isinstance(module, moyu_kernels.SparseFFN)]
     tokens: list[int] = []

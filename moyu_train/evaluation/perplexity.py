@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moyu_train.data import Documents
 from moyu_train.models.blocks import device_of
+from moyu_train.models.context import check_window, longest_window
 from moyu_train.progress import track
 from moyu_train.training.losses import Weights, token_loss
 
@@ -27,13 +28,19 @@ class Scores:
 
 
 @torch.no_grad()
-def score(model: Any, documents: Documents, window: int, what: str, limit: int | None = None, batch: int = 1) -> Scores:
+def score(
+    model: Any, documents: Documents, window: int | None, what: str, limit: int | None = None, batch: int = 1
+) -> Scores:
     """Score all tokens of the documents (or about `limit`) in windows of `window` with stride `window`.
 
     The first token of each window has no prediction and is not scored.
 
+    window: None for `longest_window`.
     batch: windows that the model sees at once, see `side_by_side`.
     """
+    if window is None:
+        window = longest_window(model)
+    check_window(model, window, "evaluate.window")
     documents = documents.first(limit)
     nll, tokens = [0.0] * len(documents.tokens), [0] * len(documents.tokens)
     for group in track(side_by_side(documents.windows(window), batch), what):

@@ -80,7 +80,7 @@ def find_cuts(
     fitted: list[Predictors],
     documents: Documents,
     inputs: dict[str, Rule],
-    window: int = 1024,
+    window: int | None = None,
     batch: int = 1,
 ) -> tuple[list[Cuts], Scores]:
     """One `Cuts` for each family's predictors, all from one pass over the documents, and its scores.

@@ -33,7 +33,7 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
             model = run.to_train()
             model, _, _ = train(run, place, settings, rate, None, model)
             model.eval()
-            perplexity = score(model, run.validation, 1024, f"control {rate:g}", recipe.analyze.tokens).perplexity
+            perplexity = score(model, run.validation, None, f"control {rate:g}", recipe.analyze.tokens).perplexity
             if PartialState().is_main_process:
                 model.save_pretrained(place / "model")
                 shutil.rmtree(place / "checkpoints", ignore_errors=True)

@@ -15,6 +15,7 @@ from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import device_of, find_blocks
+from moyu_train.models.context import check_window
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
 from moyu_train.recipe import Recipe
@@ -52,6 +53,7 @@ class PredictorTrainer:
     @torch.no_grad()
     def fit(self, windows: Tensor, save_every: int) -> list[dict[str, Tensor]]:
         """One pass over `windows` int64 `[N, T]`, shared among the processes; the storage form of each predictor."""
+        check_window(self.model, windows.shape[1], "fit.window")
         process = PartialState()
         if self.predictors[0].in_step:
             windows = windows[: len(windows) // process.num_processes * process.num_processes]

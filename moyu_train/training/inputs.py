@@ -13,6 +13,7 @@ from torch import Tensor
 from moyu_train.data import Documents
 from moyu_train.files import read_tensors
 from moyu_train.models.blocks import FFNBlock, device_of, find_blocks, find_inputs
+from moyu_train.models.context import longest_window
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
 from moyu_train.recipe import Recipe
@@ -59,7 +60,7 @@ def channel_medians(model: Any, layers: list[FFNBlock], documents: Documents) ->
         seen[layer].append(x.reshape(-1, x.shape[-1])[::stride].float().cpu())
 
     with Masking(layers, look):
-        for _, ids in track(documents.windows(1024), "calibrate inputs: medians"):
+        for _, ids in track(documents.windows(longest_window(model)), "calibrate inputs: medians"):
             model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
     return [torch.cat(rows).median(0).values for rows in seen]
 

@@ -19,6 +19,7 @@ from moyu_train.evaluation.inloop import SparseMasks
 from moyu_train.evaluation.perplexity import score, side_by_side
 from moyu_train.files import reading
 from moyu_train.models.blocks import find_blocks
+from moyu_train.models.context import WINDOW, longest_window
 from moyu_train.progress import console
 from moyu_train.settings import Calibrate
 from moyu_train.training.cuts import LEAST, MOST, Predictors, find_cuts
@@ -27,7 +28,7 @@ from moyu_train.training.shares import Allocation, price_near, search
 BYTES_TOLERANCE = 0.002
 ROUNDS = 8  # runs to meet a goal with one allocation
 SWEEP = (0.6, 1.0, 1.5, 2.2)  # first shares selected, times the rule's density: where the goal lies, and the frontier
-WINDOW, BATCHED_WINDOW = 1024, 256  # tokens of a window alone, and side by side
+BATCHED_WINDOW = 256  # tokens of a window side by side with others
 
 Point = dict[str, Any]  # figures of one run of the masked model
 
@@ -51,7 +52,7 @@ class Loop:
     ) -> None:
         self.model, self.rules, self.predictors, self.documents = model, rules, predictors, documents
         self.itemsize, self.inputs, self.batch, self.log = itemsize, inputs or {}, settings.batch, log
-        self.window = WINDOW if self.batch == 1 else BATCHED_WINDOW
+        self.window = longest_window(model, WINDOW if self.batch == 1 else BATCHED_WINDOW)
         if not side_by_side(documents.windows(self.window), self.batch):
             raise MoyuError(
                 f"calibrate.batch {self.batch} needs as many windows of validation text, and there are "

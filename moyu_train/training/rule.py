@@ -12,6 +12,7 @@ from moyu_train.analysis.histogram import Histogram
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import FFNBlock, device_of, find_blocks
+from moyu_train.models.context import longest_window
 from moyu_train.models.masking import Masking
 from moyu_train.progress import track
 
@@ -50,7 +51,7 @@ def watch(
 
     masking = Masking(blocks, keep, rules=rules, gates=at_gate)
     with masking:
-        for _, ids in track(documents.windows(1024), label):
+        for _, ids in track(documents.windows(longest_window(model)), label):
             model(input_ids=ids[None].to(device_of(model)), use_cache=False, logits_to_keep=1)
 
 
