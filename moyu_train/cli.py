@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moyu_train import about, on_folder
-from moyu_train.errors import MoyuError, is_told
+from moyu_train.errors import MoyuError, is_full_disk, is_told
 from moyu_train.recipe import Recipe, load_recipe, shipped_recipes
 
 STAGE_VERBS = {
@@ -64,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate = verb("generate", "stream text from a sparse checkpoint")
     generate.add_argument("folder", help="sparse checkpoint")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--max-new-tokens", type=_at_least(1, int), default=128)
+    generate.add_argument("--temperature", type=_at_least(0, float), default=0.0, help="0: the likeliest token always")
     generate.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     generate.add_argument(
         "--mode", choices=("predicted", "rule", "dense"), default="predicted", help="which mask to decode with"
@@ -128,6 +128,17 @@ def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 
+def _at_least(least: int, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least}")
+        return value
+
+    parse.__name__ = kind.__name__  # as argparse calls what is no number
+    return parse
+
+
 def _refuse_bench_options(known: argparse.Namespace) -> None:
     if known.folder:
         raise MoyuError(f"a second name, {known.folder!r}, goes with `bench model` alone")
@@ -149,11 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and known.verb not in with_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        _check_files(known)
         figures = _dispatch(known, rest)
     except Exception as error:
         if not is_told(error):
             raise
-        print(f"moyu {known.verb}: {error}", file=sys.stderr)
+        more = "; free some room, and the same command goes on from here" if is_full_disk(error) else ""
+        print(f"moyu {known.verb}: {error}{more}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"moyu {known.verb}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -167,6 +180,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         end_processes()
     return 0
+
+
+def _check_files(known: argparse.Namespace) -> None:
+    """Refuse files that could not be written at the end, before all the work."""
+    for name in ("json", "plot"):
+        file = getattr(known, name, None)
+        if file and not (Path(file).parent.is_dir() and os.access(Path(file).parent, os.W_OK)):
+            raise MoyuError(f"--{name} {file!r}: there is no folder {str(Path(file).parent)!r} to write into; make it")
+        if file and Path(file).is_dir():
+            raise MoyuError(f"--{name} {file!r} is a folder; name a file in it")
 
 
 def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:

@@ -27,7 +27,8 @@ BUILTIN = {
 
 PIECE = 256  # tokens, the least that is worth taking of a long document
 MESSAGES = "messages"
-TEXT_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz")
+TABLES = {".csv": {"path": "csv"}, ".tsv": {"path": "csv", "sep": "\t"}, ".parquet": {"path": "parquet"}}  # of datasets
+TEXT_SUFFIXES = (".txt", ".md", ".raw", ".json", ".jsonl", ".gz", *TABLES)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Documents:
 
 
 def read_texts(source: str, text_field: str, setting: str = "data.text_field") -> Iterable[Any]:
-    """Documents of a JSON lines file, a plain text file (one document), a data set, or `builtin:<name>`.
+    """Documents of a file of JSON lines or a table, a plain text file (one document), a data set, or `builtin:<name>`.
 
     A data set is a folder or a hub id, with its subset and split after colons where they are not the first and `train`
     (`Salesforce/wikitext:wikitext-2-raw-v1:test`), and is streamed: no more is read than is taken. A file named `*.raw`
@@ -131,7 +132,7 @@ def read_texts(source: str, text_field: str, setting: str = "data.text_field") -
         raise MoyuError(f"text file {source!r} does not exist; give a JSON lines file, a text file or a hub id")
     if path.is_file() and path.stat().st_size == 0:
         raise MoyuError(f"text file {source!r} is empty; give a file with at least one document")
-    if path.is_file() and "json" not in suffixes:
+    if path.is_file() and "json" not in suffixes and path.suffix.lower() not in TABLES:
         try:
             text = path.read_text(encoding="utf-8")
             return _articles(text) if path.suffix == ".raw" else [text]
@@ -175,11 +176,15 @@ def _documents(values: Iterable[Any], field: str, source: str) -> Iterator[Any]:
 
 def _rows(source: str, file: bool) -> Iterator[dict[str, Any]]:
     try:
-        if file:
+        table = TABLES.get(Path(source).suffix.lower())
+        if file and not table:
             yield from _json_rows(Path(source))
             return
         import datasets
 
+        if file and table:
+            yield from datasets.load_dataset(**table, data_files=source, split="train", streaming=True)
+            return
         name, subset, split, *_ = [*source.split(":"), "", ""]
         yield from datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     except Exception as error:  # datasets raises many types here; the cause stays attached
@@ -195,11 +200,18 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         if first.lstrip().startswith("["):
             rows = json.loads(first + file.read())
         else:
-            rows = (json.loads(line) for line in chain([first], file) if line.strip())
+            rows = (_parsed(line, number) for number, line in enumerate(chain([first], file), start=1) if line.strip())
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
                 raise ValueError(f"row {number} is a {type(row).__name__}, not an object")
             yield row
+
+
+def _parsed(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
 
 
 def _articles(text: str) -> list[str]:

@@ -9,7 +9,8 @@ import hashlib
 import importlib
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from moyu_train import __version__, data, own_text
 from moyu_train.checks import check_methods, check_model, check_parent
@@ -27,96 +29,12 @@ from moyu_train.predictors import PREDICTORS
 from moyu_train.progress import console
 from moyu_train.recipe import CONTROL, SHARED, Recipe
 from moyu_train.registry import resolve
+from moyu_train.stages import STAGES
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
 INSIDE = ("", CONTROL, SHARED)  # parents that are no other model
 KEEP = ("model", "seed", "data")  # sections that every stage depends on
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str
-    function: str  # module:function, called with (run, folder), returns figures
-    needs: tuple[str, ...] = ()
-    sections: tuple[str, ...] = ()
-    only_with: str = ""  # a section, or `section.key`, that may be null or false: then the stage is left out
-
-
-STAGES = {
-    stage.name: stage
-    for stage in (
-        Stage("analyze", "moyu_train.analysis.stage:analyze", (), ("analyze",)),
-        Stage(
-            "calibrate",
-            "moyu_train.training.stages:calibrate",
-            (),
-            ("calibrate", "sparsifier", "target_sparsity", "inputs", "allocation"),
-        ),
-        Stage(
-            "fit-predictors",
-            "moyu_train.training.stages:fit_predictors",
-            ("calibrate",),
-            ("fit", "predictor"),
-            "predictor",
-        ),
-        Stage("calibrate-in-loop", "moyu_train.training.stages:in_loop", ("fit-predictors",), ("export",), "predictor"),
-        Stage(
-            "fit-heads",
-            "moyu_train.training.stages:fit_heads",
-            ("calibrate",),
-            ("fit", "heads.unit", "heads.dense_layers", "heads.keep", "export.dtype"),
-            "heads.train",
-        ),
-        Stage(
-            "control",
-            "moyu_train.training.dense_control:control",
-            (),
-            ("finetune", "control", "analyze.tokens"),
-            "control",
-        ),
-        Stage(
-            "finetune",
-            "moyu_train.training.finetune:finetune",
-            ("calibrate-in-loop", "fit-heads"),
-            ("finetune", "penalty", "delta"),
-        ),
-        Stage(
-            "refit-heads",
-            "moyu_train.training.stages:refit_heads",
-            ("finetune",),
-            ("fit", "heads.unit", "heads.dense_layers", "export.dtype", "export.weights"),
-            "heads.keep",
-        ),
-        Stage("refit-predictors", "moyu_train.training.stages:refit_predictors", ("finetune",), (), "predictor"),
-        Stage(
-            "recalibrate",
-            "moyu_train.training.stages:recalibrate",
-            ("refit-predictors", "refit-heads"),
-            ("heads.keep",),
-            "predictor",
-        ),
-        Stage(
-            "export",
-            "moyu_train.checkpoints.stage:export_stage",
-            ("recalibrate", "refit-heads"),
-            ("export", "heads.keep"),
-        ),
-        Stage("verify", "moyu_train.checkpoints.stage:verify_stage", ("export",)),
-        Stage(
-            "evaluate",
-            "moyu_train.evaluation.stage:evaluate",
-            ("export", "control"),
-            ("evaluate", "heads.context"),
-        ),
-        Stage("bench", "moyu_train.evaluation.bench:bench", ("export",), ("bench",), "bench"),
-        Stage(
-            "report",
-            "moyu_train.analysis.report:report",
-            ("analyze", "finetune", "verify", "evaluate", "bench"),
-        ),
-    )
-}
 
 
 class Run:
@@ -202,10 +120,18 @@ class Run:
         """The dense model on the CPU: whoever trains it places or shards it."""
         return self.dense(device="cpu")
 
+    def trained(self, stage: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> Any:
+        """The model that finetune or control left."""
+        folder = self.stage_folder(stage) / ("model" if stage == "finetune" else self.figures(stage)["model"])
+        try:
+            return load_dense(folder, dtype, device=device)
+        except MoyuError as error:
+            raise MoyuError(f"{error}. Delete {str(folder.parent)!r}, and the stage runs again") from error
+
     def parent(self) -> Any:
         """The dense model that fine-tuning distils from, on the CPU too."""
         if self.recipe.finetune.parent == CONTROL:
-            return load_dense(self.stage_folder("control") / self.figures("control")["model"], device="cpu")
+            return self.trained("control", device="cpu")
         return load_dense(self._parent, device="cpu") if self.recipe.finetune.parent else self.to_train()
 
     @cached_property
@@ -299,6 +225,30 @@ def run_stage(run: Run, name: str) -> dict[str, Any]:
     if record is not None:
         console.print(f"[dim]{name}: finished before, reused[/dim]")
         return record["figures"]
+    with _alone(run.folder):
+        return _run_stage(run, name)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises: MoyuError where another command is at work in a run folder. The lock goes with its process."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise MoyuError(
+            f"another command is at work in {str(folder)!r}; wait for it, or give another folder as run"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_stage(run: Run, name: str) -> dict[str, Any]:
     folder, key = run.stage_folder(name), run.key(name)
     process = PartialState()
     if process.is_main_process:

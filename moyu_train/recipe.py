@@ -34,6 +34,7 @@ from moyu_train.settings import (
 from moyu_train.settings_export import Bench, Evaluate, Export, Heads
 from moyu_train.sparsifiers import SPARSIFIERS
 
+METHODS = ("sparsifier", "inputs", "penalty", "predictor")  # settings that may be a name alone
 DEPTH = 30  # of nested lists and mappings in a recipe
 INERTIA_RAMP = (0.3, 0.5)  # shares of the steps between which the coefficient of `inertia` rises from 0
 
@@ -201,6 +202,8 @@ def _override(settings: dict[str, Any], overrides: list[str]) -> None:
         *sections, key = flag.removeprefix("--").split(".")
         target = settings
         for section in sections:
+            if section in METHODS and isinstance(target.get(section), str):
+                target[section] = {"name": target[section]}
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
                 raise RecipeError(f"{flag}: {section!r} is a value, not a section")

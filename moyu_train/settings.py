@@ -25,6 +25,12 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = Field(description="of the method; its options stand beside it")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, settings: Any) -> Any:
+        """A name alone is a method with its default options."""
+        return {"name": settings} if isinstance(settings, str) else settings
+
     @property
     def options(self) -> dict[str, Any]:
         """What is given beside the name, not yet checked."""
@@ -112,10 +118,10 @@ class Data(Section):
 
     train: str | tuple[str, ...] = Field(
         "builtin:state-union-train",
-        description="JSON lines, text file, id[:subset[:split]], builtin:<name>, self; or several of them, in a list",
+        description="file (JSON lines, CSV, TSV, Parquet, text), id[:subset[:split]], builtin:<name>, self; or a list",
     )
     test: str = Field("builtin:state-union-test", description="held-out documents, used by `evaluate` alone")
-    text_field: str = Field("text", description="where a document is in JSON lines and data sets")
+    text_field: str = Field("text", description="where a document is in JSON lines, tables and data sets")
     validation_documents: int = Field(3, ge=1, description="training documents held back for choosing settings")
     max_tokens: int = Field(2_000_000, ge=1, description="read no more than this of each training text")
 
@@ -162,7 +168,7 @@ class Inputs(Method):
 class Analyze(Section):
     """Beside the uplift curve and needed neurons, always measured: what of history and inertia (docs/analysis.md)."""
 
-    tokens: int = Field(4096, ge=1, description="validation tokens for the statistics and each point of the curve")
+    tokens: int = Field(4096, ge=2, description="validation tokens for the statistics and each point of the curve")
     sparsities: tuple[float, ...] = Field((0.5, 0.7, 0.8, 0.9), description="points of the uplift curve")
     measures: tuple[Literal["history", "inertia", "senses", "causal", "gap", "cett_ppl"], ...] = Field(
         ("history", "inertia"), description="what else is measured; none with ()"
@@ -183,11 +189,19 @@ class Lora(Section):
     rank: int = Field(16, ge=1, description="of A and B")
     alpha: int = Field(32, gt=0, description="deltas are multiplied with alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="of the input of A")
-    targets: str | tuple[str, ...] = Field("all-linear", description="module names, or one regular expression")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear", description="module names, or one regular expression of whole paths"
+    )
     quantise: Literal["nf4"] | None = Field(
         None,
         description="train on 4-bit weights (QLoRA, arXiv 2305.14314), and add the deltas to these",
     )
+
+    @field_validator("targets")
+    @classmethod
+    def _name(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        """peft takes a text for an expression of whole paths, which no name of a module is."""
+        return (value,) if isinstance(value, str) and value.isidentifier() else value
 
 
 class Compensate(Section):

@@ -1,10 +1,12 @@
 """Text and conversations to tokens, and which of them are scored."""
 
+import csv
 import hashlib
 import itertools
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
@@ -113,6 +115,26 @@ def test_a_data_set_is_streamed_by_name_subset_and_split(tmp_path: Path) -> None
     endless = (taken.append(i) or "some words" for i in itertools.count())
     assert tokenise(endless, tokenizer(), "endless", 8, max_tokens=35).total == 40
     assert len(taken) == 4
+
+
+def test_tables_are_read_by_their_field(tmp_path: Path) -> None:
+    rows = [("first, with a comma", 1), ("second\nof two lines", 2)]
+    csv_file, parquet = tmp_path / "a.csv", tmp_path / "a.parquet"
+    with csv_file.open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "number"), *rows])
+    datasets.Dataset.from_list([{"text": text, "number": number} for text, number in rows]).to_parquet(parquet)
+    (tmp_path / "a.tsv").write_text("number\ttext\n1\tfirst, with a comma\n")
+    for path in (csv_file, parquet):
+        assert list(read_texts(str(path), "text")) == [text for text, _ in rows]
+    assert list(read_texts(str(tmp_path / "a.tsv"), "text")) == ["first, with a comma"]
+    with pytest.raises(MoyuError, match=r"has no field 'body' \(it has text, number\)"):
+        read_texts(str(csv_file), "body")
+
+
+def test_a_broken_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"\n')
+    with pytest.raises(MoyuError, match=r"a\.jsonl' could not be read: line 3, column"):
+        list(read_texts(str(tmp_path / "a.jsonl"), "text"))
 
 
 def test_shipped_passages_are_documents() -> None:

@@ -1,12 +1,16 @@
 """Bad input: what was given, why it fails, what to change; exit status 1 and no traceback."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tiny import CONFIGS, randomised, save_tiny, tiny_settings, tokenizer
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, randomised, save_text, save_tiny, tiny_settings, tokenizer
 
 from moyu_train.cli import main
 
@@ -16,10 +20,14 @@ def settings(tmp_path: Path) -> dict[str, Any]:
     return tiny_settings(tmp_path, save_tiny(tmp_path / "model"))
 
 
-def fails(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], *verb: str) -> str:
+def write(tmp_path: Path, settings: dict[str, Any]) -> str:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump(settings))
-    assert main([*(verb or ("analyze",)), str(recipe)]) == 1
+    return str(recipe)
+
+
+def fails(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str], *verb: str) -> str:
+    assert main([*(verb or ("analyze",)), write(tmp_path, settings)]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
@@ -189,10 +197,10 @@ def test_a_model_of_few_positions(tmp_path: Path, settings: dict[str, Any], caps
         assert f"{name}.window is 41, and the model has 40 positions; lower {name}.window" in fails(
             tmp_path, given, capsys
         )
-    recipe = tmp_path / "short.yaml"
-    recipe.write_text(yaml.safe_dump(settings))
     for verb in ("analyze", "calibrate", "fit-predictors", "calibrate-in-loop"):
-        assert main([verb, str(recipe)]) == 0, "where no setting names the window it is as long as the model"
+        assert main([verb, write(tmp_path, settings)]) == 0, (
+            "where no setting names the window it is as long as the model"
+        )
 
 
 def test_a_tokenizer_of_another_model(
@@ -203,3 +211,87 @@ def test_a_tokenizer_of_another_model(
     )
     found = fails(tmp_path, settings, capsys)
     assert "of the text, and the model has 80: they do not belong together" in found
+
+
+def test_two_commands_in_one_run_folder(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"):
+        assert "another command is at work in" in fails(tmp_path, settings, capsys, "calibrate")
+    assert main(["calibrate", str(tmp_path / "r.yaml")]) == 0
+
+
+def test_weights_that_are_not_numbers(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "activations of layer 1 are not numbers (NaN)" in fails(tmp_path, settings, capsys, "calibrate")
+
+
+def test_a_quantised_model(tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    assert "is quantised (gptq), so its FFN has no plain weights" in fails(tmp_path, settings, capsys)
+
+
+def test_text_shorter_than_a_window_of_fit(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["fit"]["window"] = 2048
+    settings["data"]["train"] = str(save_text(tmp_path / "few.jsonl", 3, 60))
+    assert main(["calibrate", write(tmp_path, settings)]) == 0
+    assert "less than one fit.window of 2048" in fails(tmp_path, settings, capsys, "fit-predictors")
+
+
+def test_damaged_weights_of_a_finished_stage(
+    tmp_path: Path, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"predictor": None, "bench": None, "control": None}
+    for verb in ("calibrate", "finetune"):
+        assert main([verb, write(tmp_path, settings)]) == 0
+    weights = tmp_path / "run" / "finetune" / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    error = fails(tmp_path, settings, capsys, "export")
+    assert f"Delete {str(tmp_path / 'run' / 'finetune')!r}, and the stage runs again" in error
+
+
+def test_files_that_could_not_be_written_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file, message in ((tmp_path / "no" / "x.json", "there is no folder"), (tmp_path, "is a folder")):
+        assert main(["compare-predictors", "no-model", "--plot", str(file)]) == 1
+        assert f"--plot {str(file)!r}" in (error := capsys.readouterr().err)
+        assert message in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_disk_that_fills_up(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("moyu_train.training.stages.save_file", full)
+    found = fails(tmp_path, settings, capsys, "calibrate")
+    assert "No space left on device" in found
+    assert "free some room, and the same command goes on from here" in found
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-new-tokens", "0"), ("--temperature", "-1")])
+def test_numbers_of_generate(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "folder", "--prompt", "x", option, value])
+    assert f"argument {option}: {value} is not a number from" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import torch
 from command import ROOT, moyu, prepare
 
 from moyu_train.models.loading import load_dense
-from moyu_train.pipeline import STAGES
+from moyu_train.stages import STAGES
 
 OF_HEADS = ("fit-heads", "refit-heads")  # stages that only `heads` of a recipe asks for
 TIMINGS = ("decode_tokens_per_second", "bandwidth_gb_s", "bandwidth_share", "over_", "bench")  # how their names begin

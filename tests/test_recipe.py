@@ -12,6 +12,7 @@ from tiny import save_tiny, tiny_settings
 from moyu_train.pipeline import Run
 from moyu_train.recipe import Recipe, RecipeError, load_recipe
 from moyu_train.registry import resolve
+from moyu_train.settings import Method
 from moyu_train.sparsifiers import SPARSIFIERS
 
 ROOT = Path(__file__).parent.parent
@@ -87,6 +88,24 @@ def test_overrides_win_and_keep_types(tmp_path: Path) -> None:
     for wrong in (["--finetune.tokens"], ["stray"], ["--seed.x", "1"]):
         with pytest.raises(RecipeError):
             load_recipe(path, ["--seed", "1", *wrong])
+
+
+def test_a_method_is_given_by_its_name_alone(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "model: m\npredictor: lowrank\nsparsifier: {name: threshold, scale: 2}\n")
+    found = load_recipe(recipe, ["--predictor.rank", "8", "--sparsifier", "topk"])
+    assert (found.predictor, found.sparsifier) == (Method(name="lowrank", rank=8), Method(name="topk"))
+    with pytest.raises(RecipeError, match=r"sparsifier.name 'topq' is unknown; did you mean 'topk'\?"):
+        load_recipe(recipe, ["--sparsifier=topq"])
+    with pytest.raises(RecipeError, match="'model' is a value, not a section"):
+        load_recipe(recipe, ["--model.name", "x"])
+
+
+def test_one_module_name_is_no_expression_of_whole_paths(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yaml", "model: m\n")
+    for given, kept in (("q_proj", ("q_proj",)), ("all-linear", "all-linear"), (r".*\.[qk]_proj", r".*\.[qk]_proj")):
+        lora = load_recipe(recipe, ["--finetune.lora.targets", given]).finetune.lora
+        assert lora
+        assert lora.targets == kept
 
 
 def test_digest_follows_the_named_sections_only(tmp_path: Path) -> None:

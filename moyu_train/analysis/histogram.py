@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moyu_train.errors import MoyuError
+
 BINS = 4096
 
 
@@ -16,7 +18,15 @@ class Histogram:
         self.counts = torch.zeros(layers, BINS, dtype=torch.float64)
 
     def add(self, layer: int, values: Tensor, weights: Tensor | None = None) -> None:
-        """values: fp32, any shape; weights: of each, of the same shape, default 1."""
+        """values: fp32, any shape; weights: of each, of the same shape, default 1.
+
+        Raises: MoyuError for values that are not a number.
+        """
+        if values.isnan().any():
+            raise MoyuError(
+                f"activations of layer {layer} are not numbers (NaN) on this text; check the model's weights, "
+                "which may be damaged or overflow in their dtype"
+            )
         bins = ((values.detach() - self.low) / self.step).clamp(0, BINS - 1).long()
         weights = weights if weights is None else weights.flatten().double()
         self.counts[layer] += torch.bincount(bins.flatten(), weights, minlength=BINS).double().cpu()

@@ -12,7 +12,6 @@ from moyu_train.errors import MoyuError
 from moyu_train.files import check_writable
 from moyu_train.models.blocks import ffn_bytes, find_blocks
 from moyu_train.models.heads import attention_sha256
-from moyu_train.models.loading import load_dense
 from moyu_train.models.state import family_of, stored_bytes
 from moyu_train.recipe import Recipe
 from moyu_train.training.heads import head_routers
@@ -42,7 +41,7 @@ def recorded(recipe: Recipe, calibrated: dict[str, Any]) -> dict[str, Any]:
 def export_stage(run: "Run", folder: Path) -> dict[str, Any]:
     """Write the sparse checkpoint into `export/checkpoint` of the run folder."""
     dtype = getattr(torch, run.recipe.export.dtype)
-    model = load_dense(run.stage_folder("finetune") / "model", dtype, device="cpu")
+    model = run.trained("finetune", dtype, device="cpu")
     check_writable(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     thresholds, predictors = read(run.before("export"))
     rules, name = sparsifier_of(run.recipe, thresholds).rules, run.recipe.sparsifier.name

@@ -17,14 +17,13 @@ from moyu_train.evaluation.inloop import Counts, SparseMasks
 from moyu_train.evaluation.perplexity import Scores, ratio_interval, score
 from moyu_train.models.blocks import FFNBlock, ffn_bytes, ffn_sha256, find_blocks
 from moyu_train.models.int8 import round_ffn
-from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import stored_bytes
 from moyu_train.predictors import PREDICTORS
 from moyu_train.registry import resolve
 from moyu_train.settings import Method
 from moyu_train.training.cuts import LEAST, Cuts, Predictors, find_cuts, share_for
-from moyu_train.training.fit import PredictorTrainer
+from moyu_train.training.fit import PredictorTrainer, fit_windows
 from moyu_train.training.inputs import input_rules
 from moyu_train.training.stages import read, sparsifier_of
 
@@ -132,7 +131,7 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
     run.figures(stage)
     documents, window = run.test.first(recipe.evaluate.tokens), recipe.evaluate.window
     dense = score(run.dense(), documents, window, "compare: dense")
-    model = load_dense(run.stage_folder(stage) / "model") if tuned else run.dense()
+    model = run.trained("finetune") if tuned else run.dense()
     if recipe.export.weights == "int8":
         model = round_ffn(model)
     thresholds, _ = read(run.stage_folder(stage))
@@ -159,16 +158,11 @@ def compare_predictors(run: "Run") -> dict[str, Any]:
         "model": settings.model,
         "ffn_sha256": ffn_sha256(model),
         "dtype": recipe.export.dtype,
-        "fit_tokens": _windows(run).numel(),
+        "fit_tokens": fit_windows(recipe, run.train).numel(),
         "tokens": documents.total,
         "documents": len(documents.tokens),
         "test": recipe.data.test.rpartition("/")[2],
     }
-
-
-def _windows(run: "Run") -> Tensor:
-    fit = run.recipe.fit
-    return run.train.packed(fit.window, run.recipe.seed + 1)[: max(fit.tokens // fit.window, 1)]
 
 
 def _fit(
@@ -179,7 +173,7 @@ def _fit(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = PredictorTrainer(model, rules, Several, methods, folder)
     with InputMasks(model, inputs):
-        layers: list[Any] = trainer.fit(_windows(run), run.recipe.fit.save_every)
+        layers: list[Any] = trainer.fit(fit_windows(run.recipe, run.train), run.recipe.fit.save_every)
     return [[layer[i] for layer in layers] for i in range(len(methods))]
 
 

@@ -112,7 +112,7 @@ def evaluate(run: "Run", folder: Path) -> dict[str, Any]:
     itemsize = weight_itemsize(checkpoint)
     variants: dict[str, Scores] = {"dense": dense}
     if run.recipe.control:
-        model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+        model = run.trained("control")
         variants["control"] = score(model, documents, window, "evaluate: dense control")
         for extra in beside:
             extra.add("control", model)

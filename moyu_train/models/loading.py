@@ -133,16 +133,9 @@ def load_dense(
 
     Raises: MoyuError where the folder, id or architecture cannot be loaded as a causal LM.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except MALFORMED as error:
-        raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
-    rule = marked_rule(config)
-    if rule:
-        clear_marker(config)
-    describe_blocks(config, described)
+    config, rule = _read_config(path, described)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
@@ -168,6 +161,27 @@ def load_dense(
     return model.to(_with_room(model) if device is None else device)
 
 
+def _read_config(path: str | Path, described: Described) -> tuple[Any, Any]:
+    """The config with its own activation, and the rule that its marker named."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        rule = marked_rule(config)
+        if rule:
+            clear_marker(config)
+        describe_blocks(config, described)
+    except MALFORMED as error:
+        raise MoyuError(f"model {str(path)!r} could not be loaded: {error}") from error
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise MoyuError(
+            f"model {str(path)!r} is quantised ({method}), so its FFN has no plain weights to train or to skip; "
+            "give the model that it was made from"
+        )
+    return config, rule
+
+
 def _with_room(model: Any) -> torch.device:
     """`compute_device`, or the CPU where the weights would fill more than `FULL` of what a GPU has free."""
     device = compute_device()
@@ -185,13 +199,10 @@ def _with_room(model: Any) -> torch.device:
 
 def skeleton(path: str | Path, described: Described = ()) -> Any:
     """A model on the meta device: its structure and sizes without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config, _ = _read_config(path, described)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        if marked_rule(config):
-            clear_marker(config)
-        describe_blocks(config, described)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (*MALFORMED, RuntimeError) as error:

@@ -79,7 +79,7 @@ def run_arm(recipe: Recipe, arm: Arm, seed: int, measured: Callable[[Run], dict[
 
 def _control(run: Run) -> dict[str, Any]:
     run_stage(run, "control")
-    model = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+    model = run.trained("control")
     scores = score(model, held_out(run), run.recipe.evaluate.window, "control")
     return {"nll": {"control": scores.nll}, "tokens": scores.tokens}
 

@@ -130,7 +130,7 @@ def measured(run: Run, name: str, trained: bool) -> dict[str, Any]:
     dense = [late_scores(run.dense(), documents, window, "dense")]
     if trained and run.recipe.control:
         run_up_to(run, "control")
-        control = load_dense(run.stage_folder("control") / run.figures("control")["model"])
+        control = run.trained("control")
         dense.append(late_scores(control, documents, window, "dense control"))
     scores, off = masked_scores(folder, documents, window, name)
     speed = bench_checkpoint(folder, run.test.longest(), run.recipe.bench)

@@ -23,7 +23,13 @@ from moyu_train.recipe import Recipe
 
 def fit_windows(recipe: Recipe, train: Documents) -> Tensor:
     """The text that predictors and routers are fitted on, int64 `[N, T]`."""
-    return train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    windows = train.packed(recipe.fit.window, recipe.seed + 1)[: max(recipe.fit.tokens // recipe.fit.window, 1)]
+    if not len(windows):
+        raise MoyuError(
+            f"the training text has {train.total} tokens, less than one fit.window of {recipe.fit.window}; lower "
+            "it, or give more text"
+        )
+    return windows
 
 
 class PredictorTrainer:

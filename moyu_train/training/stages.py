@@ -16,7 +16,6 @@ from moyu_train.files import read_tensors, reading
 from moyu_train.models.blocks import ffn_sha256
 from moyu_train.models.heads import attention_sha256, find_attention
 from moyu_train.models.int8 import round_ffn
-from moyu_train.models.loading import load_dense
 from moyu_train.models.masking import InputMasks
 from moyu_train.models.state import (
     predictors_from_tensors,
@@ -68,7 +67,8 @@ def calibrate(run: "Run", folder: Path) -> dict[str, Any]:
     rule = calibrate_rule(model, cls, options, targets, run.train, recipe.calibrate.tokens, passes=2)
     write(folder, rule.thresholds, [])
     write_inputs(folder, calibrate_inputs(model, recipe, run.train, rule.rules))
-    return {"tokens": recipe.calibrate.tokens, "density": 1 - recipe.target_sparsity, "densities": targets}
+    seen = run.train.first(recipe.calibrate.tokens).total
+    return {"tokens": seen, "density": 1 - recipe.target_sparsity, "densities": targets}
 
 
 def _fit(run: "Run", folder: Path, source: str, model: Any) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def _fit_heads(run: "Run", folder: Path, source: str, model: Any) -> dict[str, A
 
 def _finetuned(run: "Run") -> Any:
     """The fine-tuned model on the weights that the export decodes with: predictors and their cuts are for these."""
-    model = load_dense(run.stage_folder("finetune") / "model")
+    model = run.trained("finetune")
     return round_ffn(model) if run.recipe.export.weights == "int8" else model
 
 
