@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .modules import wants_gradient
 from .ops import cpu
 from .ops.linear import naive
 
@@ -41,6 +42,7 @@ def register_attention() -> None:
         extras = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux", "cache"))
         single = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1] == 1
         native = query.device.type == "cpu" and not extras and single and not dropout
+        native &= not wants_gradient(query, key, value)
         rows = key.shape == value.shape and key.is_contiguous() and value.is_contiguous()
         if not native or not rows:
             y, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention import ATTENTION, OffHeads, register_attention
 from .inputs import SparseLinear
-from .modules import MAX_ROWS, SparseModule, check_mode, dense_linear, resolve_backend
+from .modules import MAX_ROWS, SparseModule, check_mode, dense_linear, resolve_backend, wants_gradient
 from .ops import cpu
 from .ops.linear import naive
 
@@ -128,7 +128,8 @@ class HeadQuery(SparseModule, OffHeads):
                 f"attn_implementation is {self._config._attn_implementation!r}, which does not know of heads that are "
                 f"off; use model.set_attn_implementation({ATTENTION!r})"
             )
-        run = torch.ops.moyu.head_linear.default if self.backend == "cpu" else naive.head_linear
+        native = self.backend == "cpu" and not wants_gradient(x, self.weight)
+        run = torch.ops.moyu.head_linear.default if native else naive.head_linear
         x_rows = x.reshape(rows, self.in_features)
         y = run(x_rows, self.weight, self.bias, self.router, self.scale, self.offset, self.keep)
         self.counts[1] += (y.view(rows, self.groups, -1) != 0).any(-1).sum()

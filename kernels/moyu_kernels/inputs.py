@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .modules import MAX_ROWS, SparseModule, check_mode, lay_out, resolve_backend
+from .modules import MAX_ROWS, SparseModule, check_mode, lay_out, resolve_backend, wants_gradient
 from .ops import cpu
 from .ops.linear import naive
 
@@ -97,7 +97,7 @@ class SparseLinear(SparseModule):
             x, bias = x - self.centre.to(x.dtype), self.offset.to(x.dtype)
         threshold = torch.zeros_like(self.threshold) if self.mode == "dense" else self.threshold
         self.counts[0] += rows
-        if rows > MAX_ROWS:
+        if rows > MAX_ROWS or wants_gradient(x, self.weight):
             kept = (x.abs() >= threshold) & (x != 0)
             self.counts[1] += kept.sum()
             return functional.linear(torch.where(kept, x, 0.0), self.weight, bias)

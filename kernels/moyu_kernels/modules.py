@@ -269,7 +269,7 @@ class SparseFFN(SparseModule):
         """Of x `[..., D]`, what the neurons in use make of it."""
         rows = x.numel() // self.hidden
         rule, threshold = self._rule()
-        if rows > MAX_ROWS or (self.training and x.requires_grad and torch.is_grad_enabled()):  # ops have no gradient
+        if rows > MAX_ROWS or wants_gradient(x, *self.weights):
             a, _, kept = naive.ruled_activation(*self._front(x), threshold, self.act, rule, self.keep)
             self._count(rows, rows * self.neurons, kept.sum())
             return self._down(a)
@@ -389,10 +389,15 @@ class Linear(nn.Module):
         return dense_linear(x, self.weight, self.bias)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether what is computed of these is part of a backward pass, which the ops have none of."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of x `[..., in]`, by `moyu::linear` for up to 8 tokens on a CPU, once `cpu.load()` has been called."""
     rows = x.numel() // x.shape[-1]
-    if rows > MAX_ROWS:
+    if rows > MAX_ROWS or wants_gradient(x, weight):
         return functional.linear(x, weight, bias)
     y = torch.ops.moyu.linear.default(x.reshape(rows, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], len(weight))

@@ -63,8 +63,10 @@ def test_the_plain_op_reads_the_same_numbers() -> None:
 
 
 def projections(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    linears = {name: nn.Linear(D, F, bias=False, dtype=dtype) for name in ("gate_proj", "up_proj")}
-    linears["down_proj"] = nn.Linear(F, D, bias=False, dtype=dtype)
+    linears = {
+        name: nn.Linear(D, F, bias=False, dtype=dtype).requires_grad_(False) for name in ("gate_proj", "up_proj")
+    }
+    linears["down_proj"] = nn.Linear(F, D, bias=False, dtype=dtype).requires_grad_(False)
     torch.manual_seed(0)
     for linear in linears.values():
         nn.init.normal_(linear.weight, std=0.1)
@@ -135,8 +137,8 @@ def test_what_is_saved_is_stock() -> None:
 
 
 def test_a_fused_block_keeps_its_tensor() -> None:
-    fused = nn.Linear(D, 2 * F, bias=False)
-    down = nn.Linear(F, D, bias=False)
+    fused = nn.Linear(D, 2 * F, bias=False).requires_grad_(False)
+    down = nn.Linear(F, D, bias=False).requires_grad_(False)
     before, x = fused.weight.data_ptr(), torch.randn(1, D)
     predictor = random_predictor("lowbit", D, F, 17)
     arguments = ("silu", torch.zeros(F), predictor)

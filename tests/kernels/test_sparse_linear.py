@@ -209,7 +209,7 @@ def test_properties(rows: int, sizes: tuple[int, int], dtype: torch.dtype, seed:
 @pytest.mark.parametrize("assign", [False, True])
 def test_loaded_weights_and_their_centre(assign: bool) -> None:
     x, weight, bias, threshold = arguments(2, torch.float32)
-    layers = [nn.Linear(*SIZES[0]) for _ in range(2)]
+    layers = [nn.Linear(*SIZES[0]).requires_grad_(False) for _ in range(2)]
     centre = torch.randn(len(threshold))
     with torch.no_grad():
         layers[0].weight.copy_(weight.T)
@@ -221,3 +221,24 @@ def test_loaded_weights_and_their_centre(assign: bool) -> None:
         assert torch.equal(found(rows), expected(rows))
     again = pickle.loads(pickle.dumps(found))
     assert torch.equal(again(x), expected(x))
+
+
+def test_few_tokens_have_gradients() -> None:
+    x, weight, bias, threshold = arguments(2, torch.float32)
+    stock = nn.Linear(*SIZES[0])
+    with torch.no_grad():
+        stock.weight.copy_(weight.T)
+        stock.bias.copy_(bias)
+    layer = SparseLinear(copy.deepcopy(stock), threshold)
+    with torch.no_grad():
+        y = layer(x)
+    masked = torch.where(x.abs() >= threshold, x, 0.0).requires_grad_()
+    stock(masked).sum().backward()
+    found = layer(x)
+    found.sum().backward()
+    torch.testing.assert_close(found, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, stock.weight.grad)
+    x.requires_grad_()
+    layer.requires_grad_(False)(x).sum().backward()
+    assert masked.grad is not None
+    torch.testing.assert_close(x.grad, torch.where(masked != 0, masked.grad, 0.0))
