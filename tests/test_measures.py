@@ -307,6 +307,24 @@ def text_of(documents: int = 4) -> Documents:
     )
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([300, 300, 300], [0, 1, 2, 0, 1, 2]),
+        ([900, 300], [0, 1, 0, 1]),
+        ([400, 260, 130], [0, 1, 2, 0, 1]),
+        ([400, 130, 130], [0, 1, 2]),
+        ([2000, 100], []),
+        ([400], []),
+    ],
+)
+def test_a_swapped_prefix_is_of_another_document(lengths: list[int], expected: list[int]) -> None:
+    documents = Documents([torch.full((length,), index) for index, length in enumerate(lengths)])
+    found = [int(ids[0]) for ids in causal.apart(causal.texts(documents, 128), 12)]
+    assert found == expected
+    assert all(found[i] != found[i - 1] for i in range(len(found)))
+
+
 def test_interventions_see_memory_and_only_memory() -> None:
     g = torch.Generator().manual_seed(0)
     table, text = torch.rand(64, 256, generator=g) < 0.3, text_of()

@@ -248,6 +248,21 @@ def test_inputs_without_a_second_moment_are_refused_by_name() -> None:
         predictor.solve()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neurons_that_are_all_off_have_no_predictor(family: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    rules = [Rule(torch.full((96,), level)) for level in (0.05, 1e9)]
+    trainer = PredictorTrainer(model, rules, *FAMILIES[family], tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    with pytest.raises(MoyuError, match=r"no predictor can be fitted to model\.layers\.1\.mlp: .* all off"):
+        trainer.fit(DOCUMENTS.packed(50, 0), save_every=5)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(MoyuError, match=r"activations of model\.layers\.1\.mlp are not finite"):
+        PredictorTrainer(model, rules, *FAMILIES[family], tmp_path / "other").fit(DOCUMENTS.packed(50, 0), save_every=5)
+
+
 def test_a_target_below_what_relu_skips_anyway_says_so(tmp_path: Path) -> None:
     model = tiny_model()
     for layer in model.model.layers:

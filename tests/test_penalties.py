@@ -120,6 +120,35 @@ def test_overlap_residual_computes_its_formula() -> None:
     assert max(expected) > 0
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_has_no_meaning(left: bool) -> None:
+    model, a = activations()
+    penalty = built("overlap_residual", [Rule(torch.full((96,), 0.05)) for _ in range(2)], 0.25, margin=0.0)
+    penalty.begin(model, WINDOWS)
+    penalty.prepare(WINDOWS, None, None)
+    alone = penalty(0, a)
+    sides = (6, 0) if left else (0, 6)
+    ids = torch.nn.functional.pad(WINDOWS, sides, value=7)
+    real = torch.nn.functional.pad(torch.ones_like(WINDOWS), sides).bool()
+    penalty.prepare(ids, real, None)
+    padded = penalty(0, torch.nn.functional.pad(a, (0, 0, *sides), value=3.0), real)
+    torch.testing.assert_close(padded[real].view_as(alone), alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MoyuError, match="pass `ids` to `armed`"):
+        penalty.prepare(None, None, None)
+
+
+def test_a_start_token_stays_in_front_of_other_halves() -> None:
+    from moyu_train.penalties.prefixes import Prefixes
+
+    windows = torch.cat([torch.full((3, 1), 256), WINDOWS], dim=1)
+    swapped, first, _ = Prefixes(windows).swap(windows, None)
+    assert (swapped[:, 0] == 256).all()
+    assert (swapped == 256).sum() == 3
+    assert (swapped != windows)[:, 1:10].any(1).all()
+    assert first.sum(1).tolist() == [10] * 3
+    assert (swapped[:, 10:] == windows[:, 10:]).all()
+
+
 def test_meaning_excuses_overlap() -> None:
     """q is the mean overlap of pairs of other sequences, by similarity: it takes away what those have too."""
     model, a = activations()

@@ -65,15 +65,26 @@ def test_the_mask_is_that_of_the_first_tokens(name: str) -> None:
     assert (mask[0, PROMPT] != mask[1, PROMPT]).any(), "every sequence has a mask of its own"
 
 
-def test_the_level_keeps_the_density_after_the_prompt() -> None:
+@pytest.mark.parametrize("short", [0, 40])
+def test_the_level_keeps_the_density_after_the_prompt(short: int) -> None:
+    """short: documents that end within the prompt, and so have no say."""
     model = tiny_model()
-    sparsifier = calibrated("tda", model)
+    cls, options = resolve("sparsifier", Method(name="tda", prompt=PROMPT), SPARSIFIERS)
+    few = [torch.randint(0, 256, (4,), generator=torch.Generator().manual_seed(i)) for i in range(short)]
+    text = Documents([*DOCUMENTS.tokens, *few])
+    sparsifier = calibrate_rule(model, cls, options, DENSITY, text, 10_000, passes=2)
     with SparseMasks(model, sparsifier.rules, None) as masks:
         score(model, DOCUMENTS, 1024, "test")
     tokens = DOCUMENTS.total
     after = tokens - PROMPT * len(DOCUMENTS.tokens)
     kept = (masks.counts.kept / 96 - (tokens - after)) / after
     assert (kept - DENSITY).abs().max() < 0.03
+
+
+def test_text_that_ends_with_the_prompt_is_refused() -> None:
+    cls, options = resolve("sparsifier", Method(name="tda", prompt=64), SPARSIFIERS)
+    with pytest.raises(MoyuError, match="no sequence of the calibration text goes on behind the 64 tokens"):
+        calibrate_rule(tiny_model(), cls, options, DENSITY, DOCUMENTS, 600, passes=1)
 
 
 @pytest.mark.parametrize("name", ["griffin", "tda"])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any
 
 import moyu_kernels
@@ -22,6 +23,7 @@ from moyu_train.evaluation.inloop import SparseMasks, bytes_skipped
 from moyu_train.evaluation.perplexity import score
 from moyu_train.evaluation.stage import evaluate_checkpoint
 from moyu_train.models.blocks import find_blocks
+from moyu_train.penalties.adaptive import AdaptiveCoefficient
 from moyu_train.predictors.lowbit import LowBit
 from moyu_train.registry import resolve
 from moyu_train.settings import Method
@@ -262,3 +264,38 @@ def test_blocks_that_share_an_activation_are_refused() -> None:
     with pytest.raises(MoyuError, match="share one activation module"):
         calibrated("gate_threshold", model)
     calibrated("threshold", model)
+
+
+def test_nothing_is_moved_by_the_density_of_a_mixture() -> None:
+    """Half stock and half FATReLU is nowhere zero: its density is no reason to raise a threshold."""
+    model = tiny_model()
+    cls, options = resolve("sparsifier", Method(name="fatrelu", transition=0.5), SPARSIFIERS)
+    sparsifier = calibrate_rule(model, cls, options, DENSITY, DOCUMENTS, 600, passes=1)
+    before = [threshold.clone() for threshold in sparsifier.thresholds]
+    adaptive = AdaptiveCoefficient(0.01, 0.1, 0.5)
+    control = SparsityControl(model, sparsifier, DENSITY / 2, adaptive=adaptive)
+    for step, moves in enumerate((False, False, True, True)):
+        model(IDS)
+        control.on_optimizer_step(None, SimpleNamespace(global_step=step, max_steps=4), None)  # type: ignore[arg-type]
+        assert (control.density[:, 0] == 1).all() != moves
+        assert all(map(torch.equal, sparsifier.thresholds, before)) != moves
+        assert (adaptive.first is None) != moves
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_zeros_are_not_counted_as_kept(share: float) -> None:
+    """Of a ReLU model top-k has zeros to take where fewer neurons are on than it may keep."""
+    model = tiny_model("opt")
+    cls, options = resolve("sparsifier", Method(name="topk"), SPARSIFIERS)
+    control = SparsityControl(model, calibrate_rule(model, cls, options, share, DOCUMENTS, 600, passes=1), share)
+    seen: list[int] = []
+    for block in find_blocks(model):
+        block.module.fc2.register_forward_pre_hook(lambda _, args: seen.append(int((args[0] != 0).sum())))
+    model(IDS)
+    assert control.take_density() == pytest.approx(sum(seen) / (2 * 96 * IDS.numel()))
+
+
+def test_what_is_not_a_number_takes_no_place() -> None:
+    rule = Rule(torch.ones(5), keep="topk", share=0.4)
+    a = torch.tensor([[float("nan"), 1.0, 2.0, 3.0, float("nan")], [float("nan")] * 4 + [1.0]])
+    assert rule.mask(a).tolist() == [[False, False, True, True, False], [False] * 4 + [True]]

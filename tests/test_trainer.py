@@ -21,8 +21,9 @@ WINDOWS = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_see
 
 
 def make(folder: Path, batch: int, accumulation: int, steps: int = 3, optimizer: str = "sgd", **options: Any) -> Any:
-    model = tiny_model()
-    rule = Threshold(Threshold.Options(gain=options.pop("gain", 0.2)), [torch.full((96,), 0.05)] * 2, density=0.5)
+    model = tiny_model(family := options.pop("family", "llama"))
+    start = [torch.full((block.neurons,), 0.05) for block in find_blocks(model)]
+    rule = Threshold(Threshold.Options(gain=options.pop("gain", 0.2)), start, density=0.5)
     rule.thresholds = [t.clone() for t in rule.thresholds]
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -45,7 +46,7 @@ def make(folder: Path, batch: int, accumulation: int, steps: int = 3, optimizer:
         train_dataset=Windows(WINDOWS),
         eval_dataset=Windows(WINDOWS),
         sparsity=SparsityControl(model, rule, target=0.5),
-        parent=tiny_model(),
+        parent=tiny_model(family),
         kl_weight=1.0,
         lm_weight=0.5,
     )
@@ -75,6 +76,24 @@ def test_token_loss_and_its_gradient_are_those_of_the_formulas(top_k: int | None
     torch.testing.assert_close(parts, torch.stack([kl, lm]).detach())
     torch.testing.assert_close(loss, 2.0 * kl + 0.5 * lm)
     torch.testing.assert_close(torch.autograd.grad(loss * 3.0, logits)[0], expected)
+
+
+def test_logits_may_lie_in_any_order() -> None:
+    logits = torch.randn(11, 2, 40).permute(1, 2, 0).requires_grad_()
+    labels = torch.randint(0, 11, (2, 40))
+    loss, _ = token_loss(logits, labels, Weights(0.0, 1.0))
+    expected, _ = token_loss(plain := logits.detach().contiguous().requires_grad_(), labels, Weights(0.0, 1.0))
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, plain)[0])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_loss_is_the_mean_over_scored_tokens(tmp_path: Path, family: str) -> None:
+    """Also of GPT-2, for which transformers counts the first token of each sequence too."""
+    trainer = make(tmp_path, 2, 2, steps=1, family=family)
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in pair]) for pair in ((0, 1), (2, 3))]
+    batches[0]["labels"][0, 9:] = -100
+    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == 4 * 23 - (24 - 9)
+    assert trainer._real_tokens == 4 * 24
 
 
 def test_what_is_not_scored_may_be_no_number() -> None:

@@ -145,8 +145,9 @@ class Rule:
         return 0.0 if self.centre is None else self.centre.to(a)
 
     def _largest(self, statistic: Tensor) -> Tensor:
+        statistic = statistic.nan_to_num(-1.0, torch.inf)  # what is not a number is not kept
         least = statistic.topk(self.count(statistic.shape[-1]), dim=-1).values[..., -1:]
-        return statistic >= least
+        return (statistic >= least) & (statistic >= 0)
 
     def _prompt_mask(self, a: Tensor, state: PromptState) -> Tensor:
         if a.ndim != 3:

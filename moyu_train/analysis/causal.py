@@ -43,16 +43,27 @@ def _masks(subject: Subject, ids: Tensor, positions: Tensor | None = None) -> li
     return [found[layer] for layer in range(len(subject.blocks))]
 
 
-def texts(documents: Documents, length: int, count: int) -> list[Tensor]:
-    """Up to `count` windows of exactly `length` tokens, neighbours in the list from different documents."""
+def texts(documents: Documents, length: int) -> list[tuple[int, Tensor]]:
+    """Windows of exactly `length` tokens with their documents, of all documents in turn."""
     by_document: dict[int, list[Tensor]] = {}
     for document, ids in documents.windows(length):
         if len(ids) == length:
             by_document.setdefault(document, []).append(ids)
-    found: list[Tensor] = []
-    while any(by_document.values()) and len(found) < count:
-        found += [pieces.pop(0) for pieces in by_document.values() if pieces]
-    return found[:count]
+    found: list[tuple[int, Tensor]] = []
+    while any(by_document.values()):
+        found += [(document, pieces.pop(0)) for document, pieces in by_document.items() if pieces]
+    return found
+
+
+def apart(pieces: list[tuple[int, Tensor]], count: int) -> list[Tensor]:
+    """Up to `count` of them, in a circle in which neighbours are of different documents; none where that cannot be."""
+    found: list[tuple[int, Tensor]] = []
+    for document, ids in pieces:
+        if len(found) < count and (not found or found[-1][0] != document):
+            found.append((document, ids))
+    while found and found[0][0] == found[-1][0]:
+        found.pop()
+    return [ids for _, ids in found]
 
 
 def swap(subject: Subject, documents: Documents, rates: list[Tensor]) -> list[dict[str, float | None]]:
@@ -60,8 +71,8 @@ def swap(subject: Subject, documents: Documents, rates: list[Tensor]) -> list[di
 
     Memory: packed in bools, the masks of one text and the mean masks of the prefixes.
     """
-    pieces = texts(documents, PREFIX + SPAN, SPANS)
-    if len(documents.tokens) < 2 or len(pieces) < 2:
+    pieces = apart(texts(documents, PREFIX + SPAN), SPANS)
+    if not pieces:
         return [{"carry": None, "topic": None, "kept": None} for _ in rates]
     sums = torch.zeros(len(rates), 3, dtype=torch.float64)
     for i, own in track(list(enumerate(pieces)), f"analyze {subject.name}: prefix swap"):
@@ -87,7 +98,7 @@ def mean_overlap(z: Tensor, p: Tensor) -> float:
 def probe(subject: Subject, documents: Documents, rates: list[Tensor]) -> dict[str, Any]:
     """The 2x2: O of each cell, `<content>_<sequence|alone>`, means over layers, the index, and both per layer."""
     generator = torch.Generator().manual_seed(0)
-    pieces = texts(replace(documents, start=None), SPAN, 10**6)
+    pieces = [ids for _, ids in texts(replace(documents, start=None), SPAN)]
     pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator)[:PROBES].tolist()]
     vocabulary = len(subject.embeddings())
     cells: dict[str, Tensor] = {}

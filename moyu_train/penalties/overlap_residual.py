@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from moyu_train.models.meaning import REACHES, around, sketch
-from moyu_train.penalties.base import Peek
+from moyu_train.penalties.base import Peek, not_prepared
 from moyu_train.penalties.rates import LAGS, RateOptions, RatePenalty
 
 FEATURES = 3  # 1, similarity, equal ids
@@ -55,9 +55,14 @@ class OverlapResidual(RatePenalty):
         return value / len(LAGS)
 
     def prepare(self, ids: Tensor | None, real: Tensor | None, peek: Peek) -> None:
-        if ids is None or not len(self._meaning):
+        if not len(self._meaning):
             return
-        views = [around(self._meaning[ids], reach) for reach in REACHES]
+        if ids is None:
+            raise not_prepared(self.name)
+        meaning = self._meaning[ids]
+        if real is not None:
+            meaning = meaning * real[..., None]
+        views = [around(meaning, reach) for reach in REACHES]
         self._features = [
             _features([(view[:, lag:], view[:, :-lag]) for view in views], ids[:, lag:] == ids[:, :-lag])
             for lag in LAGS

@@ -87,8 +87,13 @@ class Sparsifier:
         for rule, centre in zip(self.rules, centres, strict=True):
             rule.centre = centre
 
+    @property
+    def settled(self) -> bool:
+        """Whether what is kept is the rule's own doing, so that it says something to a controller."""
+        return True
+
     def control(self, layer: int, density: float, target: float) -> None:
-        """Closed loop, once per optimizer step: what a layer kept in it, and what it should keep."""
+        """Closed loop, once per optimizer step, where `settled`: what a layer kept in it, and what it should keep."""
 
     def advance(self, progress: float) -> None:
         """Called with the share of the training steps that are done, before each of them."""

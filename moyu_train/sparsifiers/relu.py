@@ -2,8 +2,9 @@
 
 ReLU and shifted ReLU (ReLU Strikes Back, arXiv 2310.04564), FATReLU (ProSparse, arXiv 2402.13516), squared ReLU (arXiv
 2402.03804) and dReLU (TurboSparse, arXiv 2406.05955). Over the first `transition` of the steps the activation goes
-from the stock one to the new one in a straight line; ProSparse and TurboSparse swap at once (0). All but FATReLU have
-the density that training leaves them, which a penalty with an adaptive coefficient brings to the target.
+from the stock one to the new one in a straight line; ProSparse and TurboSparse swap at once (0). A mixture is nowhere
+zero, so until it ends thresholds and coefficients stand still. All but FATReLU have the density that training leaves
+them, which a penalty with an adaptive coefficient brings to the target.
 """
 
 import torch
@@ -28,6 +29,10 @@ class Swap(Sparsifier):
         blend = min(progress / self.options.transition, 1.0) if self.options.transition else 1.0
         for rule in self.rules:
             rule.blend = blend
+
+    @property
+    def settled(self) -> bool:
+        return all(rule.blend >= 1 for rule in self.rules)
 
 
 class ReLUOptions(SwapOptions):

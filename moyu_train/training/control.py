@@ -107,8 +107,9 @@ class SparsityControl(TrainerCallback):
             if self._collecting:
                 self._terms.append(term)
                 self.penalty.count(layer, self._real)
-        if self.counting:
-            self._count(layer, rule, selected, keep, expert)
+        if self.counting:  # a rule that takes so many keeps zeros too where there are no others
+            some = self.sparsifier.rules[layer].distance(a) != 0
+            self._count(layer, rule & some, selected, keep & some, expert)
         return keep
 
     def _count(self, layer: int, rule: Tensor, selected: Tensor | None, keep: Tensor, expert: int | None) -> None:
@@ -214,12 +215,13 @@ class SparsityControl(TrainerCallback):
         self.health.step(tokens)
         self.health.check(self.density[:, 0].tolist(), self.sparsifier.thresholds, state.global_step)
         progress = (state.global_step + 1) / max(state.max_steps, 1)
-        if self.adaptive:
+        settled = self.sparsifier.settled
+        if self.adaptive and settled:
             self.adaptive.update(kept, self.target, progress, self._penalty.item() / max(tokens, 1))
         self._penalty.zero_()
         if self.penalty is not None:
             self.penalty.step()
-        for layer, density in enumerate(self.density[:, 0].tolist()):
+        for layer, density in enumerate(self.density[:, 0].tolist() if settled else ()):
             if self.together:
                 self.sparsifier.control(layer, kept, self.target)
             else:

@@ -76,7 +76,22 @@ class PredictorTrainer:
             for predictor in self.predictors:
                 predictor.gather()
         self.predictors[0].together(self.predictors)
-        return [predictor.solve() for predictor in track(self.predictors, "solve predictors")]
+        return [self._solved(layer) for layer in track(range(len(self.predictors)), "solve predictors")]
+
+    def _solved(self, layer: int) -> dict[str, Tensor]:
+        try:
+            found: dict[str, Tensor] = self.predictors[layer].solve()
+        except torch.linalg.LinAlgError as error:
+            raise MoyuError(f"{self._degenerate(layer)} ({error})") from error
+        if not all(tensor.isfinite().all() for tensor in found.values() if tensor.is_floating_point()):
+            raise MoyuError(self._degenerate(layer))
+        return found
+
+    def _degenerate(self, layer: int) -> str:
+        return (
+            f"no predictor can be fitted to {self.blocks[layer].path}: on this text its neurons are all off, or its "
+            "input does not vary; check the model's weights, or give more text"
+        )
 
     def _observing(self) -> Masking:
         """The masks that the text is read under, with predictors that see what they act on."""
@@ -84,6 +99,10 @@ class PredictorTrainer:
         def keep(layer: int, a: Tensor, expert: int | None) -> Tensor:
             x = masking.input(layer).reshape(-1, self.blocks[layer].hidden)
             contribution = (a.abs() * self.norms[layer]).reshape(len(x), -1)
+            if not contribution.isfinite().all():
+                raise MoyuError(
+                    f"activations of {self.blocks[layer].path} are not finite on this text; check the model's weights"
+                )
             mask: Tensor = self.rules[layer].mask(a, expert)
             self.predictors[layer].observe(x, contribution, (mask & (a != 0)).view_as(contribution))
             return mask

@@ -48,7 +48,8 @@ class _TokenLoss(torch.autograd.Function):
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         rows = logits.flatten(0, 1).split(ROWS)
         parents = parent.flatten(0, 1).split(ROWS) if parent is not None else [None] * len(rows)
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        # Contiguous, or `flatten` would copy it.
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         gradients = gradient.flatten(0, 1).split(ROWS) if gradient is not None else [None] * len(rows)
         parts = torch.zeros(len(rows), 2, device=logits.device)
         for part, row, parent_row, out, target in zip(

@@ -43,8 +43,9 @@ def watch(
     at_gate = cls.calibrates == "gate"
 
     def keep(layer: int, a: Tensor, expert: int | None) -> Tensor | None:
-        if cls.calibrates == "prompt":
-            return see(layer, prompt_statistic(a[:, : options.prompt]), a, expert)
+        if cls.calibrates == "prompt":  # of sequences that go on behind it
+            first = options.prompt
+            return see(layer, prompt_statistic(a[:, :first]), a, expert) if a.shape[1] > first else None
         scale = scales[layer] if expert is None else scales[layer][expert]
         value = masking.gate(layer) if at_gate else rules[layer].distance(a)
         return see(layer, value.abs().float() * scale, a, expert)
@@ -83,11 +84,18 @@ def calibrate_rule(
         histogram = Histogram(len(blocks), *LOG2_RANGE)
 
         def see(layer: int, statistic: Tensor, a: Tensor, expert: int | None) -> Tensor | None:
-            histogram.add(layer, statistic.clamp_min(1e-30).log2())  # noqa: B023 - used within this pass alone
+            # A prompt's statistic counts as often as it masks a token.
+            weights = torch.full_like(statistic, a.shape[1] - options.prompt) if cls.calibrates == "prompt" else None
+            histogram.add(layer, statistic.clamp_min(1e-30).log2(), weights)  # noqa: B023 - used within this pass alone
             return sparsifier.rules[layer].mask(a, expert) if number else None  # noqa: B023
 
         label = f"calibrate rule {number + 1}/{passes}"
         watch(model, cls, options, blocks, documents.first(tokens), sparsifier.rules, label, see)
+        if not histogram.counts.any():
+            raise MoyuError(
+                f"no sequence of the calibration text goes on behind the {options.prompt} tokens that masks are taken "
+                "from; lower sparsifier.prompt, or give longer documents"
+            )
         silent = [
             block.path for block, counts in zip(blocks, histogram.counts, strict=True) if counts[0] == counts.sum()
         ]

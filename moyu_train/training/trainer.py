@@ -127,8 +127,9 @@ class SparsityTrainer(Trainer):
             if self.anchor and training:
                 arms.enter_context(self.anchor.armed(real))
             outputs = model(**tensors, use_cache=False)
+        tokens: Tensor | int
         if num_items_in_batch is None:
-            tokens, real_tokens, processes = (labels[:, 1:] != -100).sum(), _real_tokens(inputs), 1
+            tokens, real_tokens, processes = _scored(labels), _real_tokens(inputs), 1
         else:
             tokens, real_tokens = num_items_in_batch, self._real_tokens
             processes = self.accelerator.num_processes
@@ -165,9 +166,12 @@ class SparsityTrainer(Trainer):
             self._parts[name] = self._parts.get(name, 0.0) + value.item() / max(float(tokens), 1.0)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
-        real = sum((_real_tokens(batch) for batch in batch_samples), torch.zeros((), dtype=torch.long))
-        self._real_tokens = self.accelerator.gather(real.to(device)).sum()
-        return super()._get_num_items_in_batch(batch_samples, device)
+        """Scored tokens of the step over all processes. Not the Trainer's own count, which for some models takes the
+        first token of a sequence for a scored one (GPT-2), and for some settings is one process's alone."""
+        counts = [torch.stack([_real_tokens(batch), _scored(batch["labels"])]) for batch in batch_samples]
+        sums = self.accelerator.gather(torch.stack(counts).sum(0, keepdim=True).to(device)).sum(0)
+        self._real_tokens, scored = sums
+        return scored
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -201,6 +205,11 @@ class SparsityTrainer(Trainer):
             for control in self.controls:
                 control.save(folder)
             write_json(folder / COMPLETE, {"step": self.state.global_step})
+
+
+def _scored(labels: Tensor) -> Tensor:
+    """How many of labels `[B, T]` are scored: a sequence's first token has no prediction."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def _real_tokens(batch: dict[str, Tensor]) -> Tensor:
