@@ -10,8 +10,9 @@ import torch
 from moyu_kernels import vllm_plugin
 from moyu_kernels.checkpoint import MANIFEST, CheckpointError
 from moyu_kernels.compensation import ATTRIBUTE, FILE, Compensation
-from moyu_kernels.modules import SparseFFN, set_mode
+from moyu_kernels.modules import set_mode
 from moyu_kernels.rules import Rule
+from moyu_kernels.sparse_ffn import SparseFFN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import interrupted_at, save_tiny, tiny_model, tiny_settings, tokenizer

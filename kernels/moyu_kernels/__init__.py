@@ -3,17 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .gated import SparseGatedFFN
     from .guard import density, density_drift
     from .loading import from_pretrained
-    from .modules import SparseFFN, SparseGatedFFN
     from .runner import Runner
+    from .sparse_ffn import SparseFFN
 
 _HOMES = {
     "density": "guard",
     "density_drift": "guard",
     "from_pretrained": "loading",
-    "SparseFFN": "modules",
-    "SparseGatedFFN": "modules",
+    "SparseFFN": "sparse_ffn",
+    "SparseGatedFFN": "gated",
     "Runner": "runner",
 }
 

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .modules import MAX_ROWS, SparseFFN
+from .modules import MAX_ROWS
 from .ops import cpu
 from .ops.cpu.build import cache_folder, library_key, this_processor
 from .ops.ffn import naive
 from .prompt_ffn import PromptFFN
+from .sparse_ffn import SparseFFN
 
 logger = logging.getLogger(__name__)
 

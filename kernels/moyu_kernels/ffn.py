@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .modules import SparseFFN, SparseGatedFFN, activation, gate_up_down
+from .gated import SparseGatedFFN, gate_up_down
 from .ops.ffn.naive import PLAIN_RULES
 from .plain import SparsePlainFFN
 from .plain import install as install_plain
 from .prompt_ffn import PromptFFN, PromptGatedFFN, PromptInt8GatedFFN, PromptInt8PlainFFN, PromptPlainFFN
 from .quantised import Int8GatedFFN, Int8PlainFFN
 from .rules import Rule
+from .sparse_ffn import SparseFFN, activation
 
 # transformers' names of the activations that have an op; other ones run under a mask on the dense module.
 ACTIVATIONS = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .modules import SparseFFN
+from .sparse_ffn import SparseFFN
 
 TOLERANCE = 0.2  # relative to the calibrated share
 FEWEST = 8  # tokens, below which a share says nothing

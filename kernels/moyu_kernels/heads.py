@@ -9,8 +9,9 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from .attention import ATTENTION, OffHeads, register_attention
+from .dense import dense_linear
 from .inputs import SparseLinear
-from .modules import MAX_ROWS, SparseModule, check_mode, dense_linear, resolve_backend, wants_gradient
+from .modules import MAX_ROWS, SparseModule, check_mode, resolve_backend, wants_gradient
 from .ops import cpu
 from .ops.linear import naive
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .modules import SparseFFN, lay_out
+from .modules import lay_out
+from .sparse_ffn import SparseFFN
 
 
 class PassedOn(nn.Module):

@@ -7,13 +7,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .modules import MAX_ROWS, SparseFFN, SparseGatedFFN, activation
+from .gated import SparseGatedFFN
+from .modules import MAX_ROWS
 from .ops import cpu
 from .ops.ffn.naive import pack_mask
 from .plain import SparsePlainFFN
 from .prompt import PromptState
 from .quantised import Int8GatedFFN, Int8PlainFFN
 from .rules import Rule
+from .sparse_ffn import SparseFFN, activation
 
 logger = logging.getLogger(__name__)
 

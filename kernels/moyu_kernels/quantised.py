@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .modules import SparseFFN, SparseGatedFFN, gate_up_down
+from .gated import SparseGatedFFN, gate_up_down
 from .ops.ffn.int8 import dequantise_rows, quantise_down, quantise_rows
 from .plain import PassedOn, SparsePlainFFN
+from .sparse_ffn import SparseFFN
 
 PART = 2**22  # weights that prefill widens at a time, so that no second copy of a matrix is kept
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from .attention import ATTENTION, register_attention
 from .compiled import CompiledStep
+from .dense import Linear
 from .dispatch import choose
-from .modules import MAX_ROWS, Linear, SparseModule
+from .modules import MAX_ROWS, SparseModule
 from .ops import cpu
 from .prompt import follow, prompt_states
 from .prompt_ffn import PromptFFN

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moyu_kernels.modules import SparseGatedFFN, resolve_backend
+from moyu_kernels.gated import SparseGatedFFN
+from moyu_kernels.modules import resolve_backend
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.quantised import Int8GatedFFN
 from torch import Tensor, nn

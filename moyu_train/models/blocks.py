@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from moyu_kernels.modules import gate_up_down
+from moyu_kernels.gated import gate_up_down
 from moyu_kernels.seam import ExpertsSeam
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D

@@ -8,7 +8,7 @@ import torch.nn.functional as functional
 from checks import same_on_any_number_of_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moyu_kernels.modules import SparseGatedFFN
+from moyu_kernels.gated import SparseGatedFFN
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from predictors import FAMILIES

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from moyu_kernels import Runner, from_pretrained
-from moyu_kernels.modules import Linear, set_mode
+from moyu_kernels.dense import Linear
+from moyu_kernels.modules import set_mode
 from moyu_kernels.seam import ExpertsSeam
 from sparse_checkpoints import tiny_llama
 from torch import Tensor, nn

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from moyu_kernels.modules import SparseGatedFFN, side_by_side
+from moyu_kernels.gated import SparseGatedFFN
 from moyu_kernels.ops import cpu
 from moyu_kernels.ops.ffn import naive
 from moyu_kernels.ops.ffn.int8 import quantise_down, quantise_rows
 from moyu_kernels.quantised import Int8GatedFFN
+from moyu_kernels.sparse_ffn import side_by_side
 from predictors import random_predictor
 from torch import Tensor, nn
 
