@@ -30,6 +30,7 @@ from moyu_train.progress import console
 from moyu_train.recipe import CONTROL, SHARED, Recipe
 from moyu_train.registry import resolve
 from moyu_train.stages import STAGES
+from moyu_train.texts import read_texts
 from moyu_train.training.delta import MANIFEST
 from moyu_train.training.launch import start_processes
 
@@ -99,7 +100,7 @@ class Run:
     @cached_property
     def test(self) -> data.Documents:
         source = self.recipe.data.test
-        test = data.tokenise(data.read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
+        test = data.tokenise(read_texts(source, self.recipe.data.text_field), self.tokenizer, source, 2)
         self._check_ids(test)
         return test
 

@@ -13,11 +13,12 @@ from tiny import save_tiny, tiny_model, tiny_settings, tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from moyu_train.data import Documents, hold_back, join, read_texts, tokenise
+from moyu_train.data import Documents, hold_back, join, tokenise
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.perplexity import score
 from moyu_train.pipeline import Run, run_stage
 from moyu_train.recipe import Recipe
+from moyu_train.texts import read_texts
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"

@@ -25,7 +25,6 @@ from moyu_train.analysis.collect import row
 from moyu_train.checkpoints.export import MANIFEST, STATE, export, read_inputs, read_state
 from moyu_train.checkpoints.verify import marker_of
 from moyu_train.cli import main
-from moyu_train.data import read_texts
 from moyu_train.errors import MoyuError, is_told
 from moyu_train.evaluation.stage import weight_itemsize
 from moyu_train.evaluation.tasks import find_tasks
@@ -34,6 +33,7 @@ from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
 from moyu_train.pipeline import _clear_others, _weights
 from moyu_train.recipe import RecipeError, load_recipe
 from moyu_train.settings_export import Evaluate
+from moyu_train.texts import read_texts
 from moyu_train.training import stages
 from moyu_train.training.delta import load_delta
 from moyu_train.training.trainer import last_complete_checkpoint

@@ -15,11 +15,12 @@ from moyu_train.models.int8 import round_ffn
 from moyu_train.models.loading import load_dense, load_tokenizer, resolve_source
 from moyu_train.recipe import Recipe
 from moyu_train.settings_export import Bench
+from moyu_train.texts import read_texts
 
 
 def _test_documents(folder: Path, recipe: Recipe) -> data.Documents:
     check_whole(folder)
-    texts = data.read_texts(recipe.data.test, recipe.data.text_field)
+    texts = read_texts(recipe.data.test, recipe.data.text_field)
     return data.tokenise(texts, load_tokenizer(folder), recipe.data.test, 2)
 
 

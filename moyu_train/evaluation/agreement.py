@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moyu_train.data import read_texts
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
 from moyu_train.settings_export import Agreement
+from moyu_train.texts import read_texts
 
 if TYPE_CHECKING:
     from moyu_train.evaluation.inloop import SparseMasks
