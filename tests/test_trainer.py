@@ -1,6 +1,7 @@
 """One loss, one backward: the same numbers however the batch is cut, and nothing lost on resume."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,6 +346,20 @@ def test_neurons_that_are_never_kept_are_counted_as_dead(tmp_path: Path, monkeyp
     again.sparsity.load(last_complete_checkpoint(tmp_path))
     assert again.sparsity.health.silent[0][:24].tolist() == [3 * 4 * 24] * 24
     assert again.sparsity.health.silent[0][24:].max() == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_silence_is_counted_in_tokens(family: str) -> None:
+    """Of which each goes to two of mixtral's experts."""
+    model = tiny_model(family)
+    shape = (4, 48) if family == "mixtral" else (96,)
+    rule = Threshold(Threshold.Options(), [torch.full(shape, 0.05)] * 2, density=0.5)
+    rule.thresholds[1].view(-1)[3] = 1e9
+    control = SparsityControl(model, rule, target=0.5)
+    for step in range(2):
+        model(WINDOWS[:4])
+        control.on_optimizer_step(None, SimpleNamespace(global_step=step, max_steps=4), None)  # type: ignore[arg-type]
+    assert control.health.silent[1].view(-1)[3] == 2 * 4 * 24
 
 
 def test_sparsify_works_with_a_plain_trainer(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ class SparsityControl(TrainerCallback):
         self.counting, self._collecting = True, False
         self._look: Callable[[int, Tensor], None] | None = None  # of a forward on other tokens, for the penalty
         self.health = Health(self.blocks, sparsifier.thresholds)
+        routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        self._experts = routed if self.blocks[0].layout == "experts" else 1  # that see, and count, a token
         self._counts = self._zeros()
         self.density = torch.full((len(self.blocks), 3), target, dtype=torch.float64)  # rule, selected, kept
         sparsifier.check(self.blocks)
@@ -184,7 +186,10 @@ class SparsityControl(TrainerCallback):
         """
         terms, self._terms = self._terms, []
         if not terms:
-            raise MoyuError("no penalty was collected; run the training forward within SparsityControl.armed(True)")
+            raise MoyuError(
+                "no penalty was collected; run the training forward within SparsityControl.armed(True), and checkpoint "
+                "activations, if at all, with use_reentrant=False"
+            )
         penalty = torch.stack(terms).sum() / len(self.blocks)
         self._penalty += penalty.detach()
         return penalty
@@ -210,7 +215,7 @@ class SparsityControl(TrainerCallback):
             torch.distributed.all_reduce(self._counts)
             if self.penalty is not None:
                 torch.distributed.all_reduce(self._penalty)
-        tokens = int(self._counts[0, 3].item() / self.blocks[0].neurons)
+        tokens = int(self._counts[0, 3].item() / (self.blocks[0].neurons * self._experts))
         kept = self.take_density()
         self.health.step(tokens)
         self.health.check(self.density[:, 0].tolist(), self.sparsifier.thresholds, state.global_step)
