@@ -106,7 +106,7 @@ class Run:
 
     def _check_ids(self, documents: data.Documents) -> None:
         """Raises: MoyuError for tokens that the model does not know."""
-        size = self.skeleton.get_input_embeddings().num_embeddings
+        size = len(self.skeleton.get_input_embeddings().weight)
         largest = max(int(ids.max()) for ids in documents.tokens)
         if largest >= size:
             raise MoyuError(
