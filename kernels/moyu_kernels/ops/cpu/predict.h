@@ -98,6 +98,10 @@ inline void store_sums(const __m256i* sums, int32_t* out) {
 }
 #endif
 
+// Codes are fetched into the first-level cache on AMD's family 26, which is up to 1.2 times as fast where another core
+// is at work, and no slower where none is (log 64).
+constexpr int NEAR = WAITS ? 3 : 2;
+
 // code_dots: out[r * out_stride + m] = sum of code * x over rows codes.row[m] of `bytes` bytes and row n + r of x, r < R.
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__)
 template <int PLANES, int R, int A>
@@ -111,7 +115,7 @@ inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Roun
     const __mmask64 inside = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
+      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, NEAR);
       const __m512i c = _mm512_maskz_loadu_epi8(inside, codes.row[m] + j);
 #pragma GCC unroll 8
       for (int k = 0; k < PLANES; ++k) {
@@ -157,7 +161,7 @@ inline void code_dots(Rows<uint8_t, 4> codes, Rows<uint8_t, A> ahead, const Roun
   for (int64_t j = 0; j < x.bytes; j += Rounded::STEP)
 #pragma GCC unroll 4
     for (int m = 0; m < 4; ++m) {
-      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, 2);
+      if (A > 0 && j % LINE == 0) __builtin_prefetch(ahead.row[m] + j, 0, NEAR);
       const __m256i c = load_codes(codes.row[m] + j, x.bytes - j);
 #pragma GCC unroll 8
       for (int k = 0; k < PLANES; ++k) {
