@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := -c constraints.txt
 API := moyu_train.api moyu_train.recipe moyu_train.settings moyu_train.settings_export \
 	moyu_train.sparsifiers moyu_train.penalties moyu_train.predictors \
-	moyu_kernels.loading moyu_kernels.runner moyu_kernels.guard moyu_kernels.modules moyu_kernels.rules
+	moyu_kernels.loading moyu_kernels.runner moyu_kernels.guard moyu_kernels.modules \
+	moyu_kernels.sparse_ffn moyu_kernels.gated moyu_kernels.rules
 
 .PHONY: quickstart test test-slow test-gpu lint docs install demo-model clean
 

@@ -1,5 +1,6 @@
 """PredictorTrainer: predictors of all layers in one pass over text, under the rule mask, nothing dumped."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class PredictorTrainer:
         self.predictors = [cls(options, block, device) for block in self.blocks]
 
     @torch.no_grad()
-    def fit(self, windows: Tensor, save_every: int) -> list[dict[str, Tensor]]:
-        """One pass over `windows` int64 `[N, T]`, shared among the processes; the storage form of each predictor."""
+    def fit(self, windows: Tensor, save_every: int) -> list[Any]:
+        """One pass over `windows` int64 `[N, T]`, shared among the processes; what each predictor solves to."""
         check_window(self.model, windows.shape[1], "fit.window")
         process = PartialState()
         if self.predictors[0].in_step:
@@ -78,12 +79,14 @@ class PredictorTrainer:
         self.predictors[0].together(self.predictors)
         return [self._solved(layer) for layer in track(range(len(self.predictors)), "solve predictors")]
 
-    def _solved(self, layer: int) -> dict[str, Tensor]:
+    def _solved(self, layer: int) -> Any:
         try:
-            found: dict[str, Tensor] = self.predictors[layer].solve()
+            found = self.predictors[layer].solve()
         except torch.linalg.LinAlgError as error:
             raise MoyuError(f"{self._degenerate(layer)} ({error})") from error
-        if not all(tensor.isfinite().all() for tensor in found.values() if tensor.is_floating_point()):
+        families = found if isinstance(found, list) else [found]
+        tensors = chain.from_iterable(family.values() for family in families)
+        if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()):
             raise MoyuError(self._degenerate(layer))
         return found
 
