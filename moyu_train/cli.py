@@ -30,6 +30,7 @@ STAGE_VERBS = {
     "bench": "time decoding: dense eager, dense compiled, our runner, sparse; or the ops; or models of a given shape",
     "report": "result table, report.html and plots from the finished stages",
 }
+ALONE = ("run", "export", "verify", "evaluate", "bench", "report")  # these write, or time, as one process
 ON_FOLDER = ("analyze", "verify", "evaluate", "bench")  # these also take a sparse checkpoint in place of a recipe
 
 
@@ -240,6 +241,11 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
 def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     from moyu_train.pipeline import Run, run_all, run_stage
 
+    if verb in ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoyuError(
+            f"`moyu {verb}` runs in one process; launch the training stages in many (such as `accelerate launch … "
+            "finetune`), then start it without a launcher, which reuses them"
+        )
     run = Run(recipe)
     if verb == "run":
         return run_all(run)

@@ -290,6 +290,18 @@ def test_a_disk_that_fills_up(
     assert "free some room, and the same command goes on from here" in found
 
 
+@pytest.mark.parametrize("verb", ["run", "export", "verify", "evaluate", "bench", "report"])
+def test_what_runs_in_one_process(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert f"`moyu {verb}` runs in one process; launch the training stages" in fails(tmp_path, settings, capsys, verb)
+
+
 @pytest.mark.parametrize(("option", "value"), [("--max-new-tokens", "0"), ("--temperature", "-1")])
 def test_numbers_of_generate(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -9,6 +9,7 @@ from moyu_kernels.rules import Rule
 from tiny import CONFIGS, tiny_model
 
 from moyu_train.analysis.histogram import Histogram
+from moyu_train.analysis.tables import interval_said
 from moyu_train.analysis.uplift import largest, uplift_curve
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
@@ -378,6 +379,16 @@ def test_bootstrap_interval_covers_the_ratio() -> None:
     low, high = ratio_interval(a, b)
     assert low < a.perplexity / b.perplexity < high
     assert ratio_interval(a, a) == (1.0, 1.0)
+    assert ratio_interval(Scores([110.0, 0.0], [100, 0]), Scores([100.0, 0.0], [100, 0])) is None
+    unscored = Scores([*a.nll, 0.0], [*a.tokens, 0]), Scores([*b.nll, 0.0], [*b.tokens, 0])
+    assert ratio_interval(*unscored) == (low, high)
+    assert interval_said((low, high)) == f"{low:.3f} to {high:.3f}"
+    assert interval_said(None) == "unknown with one document"
+
+
+def test_more_sequences_side_by_side_than_there_are() -> None:
+    with pytest.raises(MoyuError, match="9 sequences side by side need as many windows of text, and there are 2"):
+        score(tiny_model(), Documents(DOCUMENTS.tokens[:2]), 1024, "test", batch=9)
 
 
 def test_uplift_curve_counts_zeros_and_rises() -> None:

@@ -332,6 +332,19 @@ def test_greedy_agreement(tmp_path: Path) -> None:
     }
 
 
+def test_masks_from_the_prompt_agree_with_whole_sequences(tmp_path: Path) -> None:
+    """A cache's steps would be taken for prompts of their own."""
+    file = save_rows(tmp_path / "q.jsonl", [{"question": f"What are {i} and 2?"} for i in range(2)])
+    agreement, model = GreedyAgreement(Agreement(file=file, new_tokens=12), tokenizer()), noisy_model()
+    agreement.add("dense", model)
+    rules = [Rule(torch.ones(96), keep="prompt_topk", share=0.1, prompt=8) for _ in range(2)]
+    with SparseMasks(model, rules, None) as masks:
+        agreement.add("sparse", model, masks)
+        assert agreement.tokens["sparse"] == [greedy(model, prompt, 12) for prompt in agreement.prompts]
+    assert agreement.tokens["sparse"] != agreement.tokens["dense"]
+    assert agreement.figures()["agreement"]["neurons_off"] is None
+
+
 def test_in_the_pipeline(files: dict[str, str], tmp_path: Path) -> None:
     """Every variant under its own masks, in the stage's figures, the result table, the report, and on a folder."""
     questions = save_rows(tmp_path / "q.jsonl", [{"question": f"What are {i} and 2?"} for i in range(3)])

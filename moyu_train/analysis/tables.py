@@ -1,5 +1,6 @@
 """Result tables in the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +9,11 @@ from rich.table import Table
 from moyu_train.models.structure import pattern_of
 
 console = Console()
+
+
+def interval_said(interval: Sequence[float] | None) -> str:
+    """Of a ratio of perplexities."""
+    return "unknown with one document" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def quality_table(result: dict[str, Any]) -> Table:
@@ -46,10 +52,9 @@ def quality_table(result: dict[str, Any]) -> Table:
             plain = name in ("dense", "control")
             cells.append(result["dtype"] if plain else f"int8, {result['weights_over_dtype']:.2f} of the bytes")
         table.add_row(label, *cells, style=style)
-    low, high = result["ratio_interval"]
     table.caption = (
         f"ratio: to the smaller of dense and control{'' if 'control' in ppl else ' (none here)'}; sparse 95 % interval "
-        f"{low:.3f} to {high:.3f} over documents. "
+        f"{interval_said(result['ratio_interval'])} over documents. "
         f"Predictors are {result['predictor_bytes_share']:.1%} of the FFN's bytes, counted as read."
         + (f" {heads_said(heads)}" if (heads := result.get("heads")) else "")
         + training_said(ppl)

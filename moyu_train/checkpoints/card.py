@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
-from moyu_train.analysis.tables import heads_said
+from moyu_train.analysis.tables import heads_said, interval_said
 from moyu_train.checkpoints.export import CARD
 from moyu_train.files import reading, write_text
 from moyu_train.recipe import Recipe
@@ -87,7 +87,6 @@ def _measured(result: dict[str, Any]) -> list[str]:
     ppl = result["ppl"]
     best = min(ppl["dense"], ppl.get("control", ppl["dense"]))
     rows = [f"| {LABELS[name]} | {ppl[name]:.3f} | {ppl[name] / best:.3f} |" for name in LABELS if name in ppl]
-    low, high = result["ratio_interval"]
     off = f"{result['neurons_off']:.1%} of the FFN neurons are off per token"
     skipped = result["bytes_skipped"]
     read = "simulated, nothing is skipped" if skipped is None else f"{skipped:.1%} of the FFN's bytes are not read"
@@ -96,7 +95,8 @@ def _measured(result: dict[str, Any]) -> list[str]:
         f"tokens of training: {off} ({read}).",
         *([heads_said(result["heads"])] if result.get("heads") else []),
         "\n".join(["| | perplexity | ratio |", "|---|---|---|", *rows]),
-        f"Ratio: to the smaller of dense and control; of the sparse model {low:.3f} to {high:.3f} (95 % interval).",
+        "Ratio: to the smaller of dense and control; of the sparse model "
+        f"{interval_said(result['ratio_interval'])} (95 % interval).",
     ]
     if "bench" in result:
         stock, runner = result["over_best_transformers"], result["over_dense_runner"]

@@ -46,17 +46,20 @@ class GreedyAgreement:
 
     def add(self, variant: str, model: Any, masks: "SparseMasks | None" = None) -> None:
         what = f"evaluate: greedy continuations, {variant}"
-        self.tokens[variant] = [self._continue(model, prompt) for prompt in track(self.prompts, what)]
-        if masks:
+        # Masks that look back over the sequence are those of whole sequences, which a cache's steps are not.
+        cached = masks is None or not masks.looks_back
+        self.tokens[variant] = [self._continue(model, prompt, cached) for prompt in track(self.prompts, what)]
+        if masks and cached:
             self.neurons_off = masks.neurons_off()
 
     @torch.no_grad()
-    def _continue(self, model: Any, prompt: str) -> list[int]:
+    def _continue(self, model: Any, prompt: str, cached: bool) -> list[int]:
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
         found = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
+            use_cache=cached,
             max_new_tokens=self.settings.new_tokens,
             pad_token_id=self.tokenizer.eos_token_id,
         )

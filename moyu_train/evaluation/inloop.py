@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from moyu_kernels.ffn import GATED_LAYOUTS
-from moyu_kernels.ops.ffn.naive import ON_GATE
+from moyu_kernels.ops.ffn.naive import ON_GATE, predictor_family
 from moyu_kernels.rules import Rule
 from moyu_kernels.seam import Seam
 from torch import Tensor
@@ -120,6 +120,8 @@ class SparseMasks:
         self.inputs = InputMasks(model, inputs or {})
         self.blocks = find_blocks(model)
         self.rules, self.predictors, self.oracle, self.observe = rules, predictors, oracle, observe
+        family = predictor_family([*predictors[0].values()]) if predictors else ""
+        self.looks_back = family == "history" or any(rule.prompt for rule in rules)  # over the tokens of a sequence
         self.batch = batch
         self.cuts = cuts or [0.0] * len(self.blocks)
         self.norms = [block.down_norms() for block in self.blocks]

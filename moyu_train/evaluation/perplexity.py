@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moyu_train.data import Documents
+from moyu_train.errors import MoyuError
 from moyu_train.models.blocks import device_of
 from moyu_train.models.context import check_window, longest_window
 from moyu_train.progress import track
@@ -37,13 +38,21 @@ def score(
 
     window: None for `longest_window`.
     batch: windows that the model sees at once, see `side_by_side`.
+
+    Raises: MoyuError where there are not so many.
     """
     if window is None:
         window = longest_window(model)
     check_window(model, window, "evaluate.window")
     documents = documents.first(limit)
     nll, tokens = [0.0] * len(documents.tokens), [0] * len(documents.tokens)
-    for group in track(side_by_side(documents.windows(window), batch), what):
+    groups = side_by_side(documents.windows(window), batch)
+    if not groups:
+        raise MoyuError(
+            f"{what}: {batch} sequences side by side need as many windows of text, and there are "
+            f"{len(documents.windows(window))} of up to {window} tokens; give longer text, or fewer sequences"
+        )
+    for group in track(groups, what):
         ids = torch.stack([piece for _, piece in group]).to(device_of(model))
         logits = model(input_ids=ids, use_cache=False).logits
         for row, (document, piece) in enumerate(group):
@@ -70,12 +79,16 @@ def side_by_side(windows: list[tuple[int, Tensor]], batch: int) -> list[list[tup
     return [[(document, piece[: -group[-1][0]]) for *_, document, piece in group] for group in groups]
 
 
-def ratio_interval(a: Scores, b: Scores, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of perplexity(a) / perplexity(b), paired bootstrap over documents."""
+def ratio_interval(a: Scores, b: Scores, samples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % interval of perplexity(a) / perplexity(b), paired bootstrap over documents; None where fewer than two of
+    them have scored tokens."""
+    scored = [index for index, tokens in enumerate(a.tokens) if tokens]
+    if len(scored) < 2:
+        return None
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(len(a.nll), (samples, len(a.nll)), generator=generator)
-    tokens = torch.tensor(a.tokens, dtype=torch.float64)[picks].sum(-1)
-    difference = torch.tensor(a.nll, dtype=torch.float64) - torch.tensor(b.nll, dtype=torch.float64)
+    picks = torch.randint(len(scored), (samples, len(scored)), generator=generator)
+    one, other, counts = (torch.tensor(values, dtype=torch.float64)[scored] for values in (a.nll, b.nll, a.tokens))
+    tokens, difference = counts[picks].sum(-1), one - other
     ratios = torch.exp(difference[picks].sum(-1) / tokens)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high

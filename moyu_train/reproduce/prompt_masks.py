@@ -12,6 +12,7 @@ import torch
 from moyu_kernels.rules import Rule
 
 from moyu_train.analysis.plots import axes_of
+from moyu_train.analysis.tables import interval_said
 from moyu_train.data import Documents
 from moyu_train.errors import MoyuError
 from moyu_train.evaluation.inloop import SparseMasks
@@ -70,19 +71,19 @@ class PromptMasks(Reproduction):
                 (name for name in times if name != DENSE), key=lambda name: times[name]["speedup"], default=""
             )
             timed = f" {fastest} decodes fastest, {cell(times[fastest])} times dense." if fastest else ""
-        low, high = ratio_interval(found["TDA"], found["GRIFFIN"])
+        interval = ratio_interval(found["TDA"], found["GRIFFIN"])
         ratio = found["TDA"].perplexity / found["GRIFFIN"].perplexity
         best = min(rows[1:], key=lambda row: row["perplexity"])
         conclusion = (
-            f"TDA has {ratio:.3f} times GRIFFIN's perplexity ({low:.3f} to {high:.3f}). Of all masks {best['method']} "
-            f"is nearest to dense, {best['over dense']:.3f} times. Neurons off count the prompt, which masks from it "
-            f"leave dense.{timed}"
+            f"TDA has {ratio:.3f} times GRIFFIN's perplexity ({interval_said(interval)}). Of all masks "
+            f"{best['method']} is nearest to dense, {best['over dense']:.3f} times. Neurons off count the "
+            f"prompt, which masks from it leave dense.{timed}"
         )
         figure, axes = axes_of("", f"perplexity over dense, {recipe.target_sparsity:.0%} off")
         axes.bar(range(len(rows) - 1), [row["over dense"] for row in rows[1:]])
         axes.set_xticks(range(len(rows) - 1), [row["method"].replace(" ", "\n") for row in rows[1:]])
         axes.set_yscale("log")
-        return Outcome(rows, ratio <= MATCH, conclusion, figure, {"interval": [low, high]})
+        return Outcome(rows, ratio <= MATCH, conclusion, figure, {"interval": interval})
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def control(run: "Run", folder: Path) -> dict[str, Any]:
         "validation_perplexity": tried,
         "best_learning_rate": best,
         "model": f"lr-{best}/model",
-        "tokens": settings.tokens // settings.tokens_per_step * settings.tokens_per_step,
+        "tokens": settings.tokens // (step := settings.tokens_per_step * PartialState().num_processes) * step,
     }
 
 
