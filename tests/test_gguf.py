@@ -285,6 +285,7 @@ def test_what_llamacpp_would_compute_otherwise_is_refused(tmp_path: Path, capsys
     ("name", "changes", "said"),
     [
         ("mistral", {"sliding_window": 16}, "attends to the last 16 tokens, and llama.cpp to all"),
+        ("qwen3", {"attention_bias": True}, "attention has biases, which llama.cpp knows no place for in Qwen3"),
         ("qwen2", {"rope_parameters": ROPE3}, "'llama3', which is written for llama and mistral alone"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
     ],

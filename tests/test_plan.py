@@ -107,6 +107,17 @@ def test_rules_without_a_predictor_read_whole_matrices(tmp_path: Path, sparsifie
     assert plan(recipe, wished=50.0)["decode"]["wished"]["bytes_skipped"] is None
 
 
+@pytest.mark.parametrize("rank", [None, 8])
+def test_scales_of_int8_rows_are_read_and_compensations_stay_wide(tmp_path: Path, rank: int | None) -> None:
+    compensation = rank and {"rank": rank}
+    recipe = shaped(tmp_path, export={"weights": "int8"}, finetune={"compensation": compensation}, target_sparsity=0.75)
+    weights, scales = 3 * 4096 * 11_008, 4 * (3 * 11_008 + 4096)
+    lowbit = 11_008 * (2 * 4096 // 4 + 24)
+    added = 4 * 4096 * (2 * rank + 1) if rank else 0
+    read = 0.25 * weights + scales + lowbit + 4 * 11_008 + added
+    assert plan(recipe)["decode"]["kept"]["bytes_skipped"] == pytest.approx(1 - read / (weights + scales))
+
+
 def test_a_compensation_is_read_by_every_token(tmp_path: Path) -> None:
     kept = [
         plan(shaped(tmp_path, finetune={"compensation": compensation}))["decode"]["kept"]["bytes_skipped"]

@@ -74,6 +74,10 @@ def check_family(config: Any, engine: str) -> None:
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise MoyuError(f"the model attends to the last {window} tokens, and {engine} to all; it is not written")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise MoyuError(
+            f"the model's attention has biases, which {engine} knows no place for in Qwen3; it is not written"
+        )
     if _rope(config)["rope_type"] not in ("default", "linear", "llama3"):
         raise MoyuError(f"positions are of type {_rope(config)['rope_type']!r}, which is not written for {engine}")
 

@@ -12,7 +12,7 @@ from moyu_kernels.rules import Rule
 
 from moyu_train.evaluation.bench_bytes import bytes_per_token
 from moyu_train.evaluation.inloop import row_bytes
-from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks
+from moyu_train.models.blocks import FFNBlock, ffn_bytes, find_blocks, scale_bytes
 from moyu_train.models.marker import base_activation
 from moyu_train.predictors import PREDICTORS
 from moyu_train.recipe import Recipe
@@ -64,15 +64,16 @@ def decode_plan(recipe: Recipe, model: Any, wished: float | None = None) -> dict
     share = ffn / total
     cls, options = resolve("sparsifier", recipe.sparsifier, SPARSIFIERS)
     rule = cls(options, [torch.ones(1)], 1 - recipe.target_sparsity).rules[0]
-    # Thresholds and masks from the prompt, then predictors and compensations.
-    overhead = sum((5 if rule.prompt else 4) * b.neurons for b in blocks) / ffn
+    # Thresholds, masks from the prompt and scales of int8 rows, then predictors and compensations.
+    overhead = sum((5 if rule.prompt else 4) * b.neurons + scale_bytes(b, itemsize) for b in blocks) / ffn
     predictor = 0.0
     if recipe.predictor:
         family, settings = resolve("predictor", recipe.predictor, PREDICTORS)
         predictor = sum(family.planned_bytes(settings, b.hidden, b.neurons, b.layout != "plain") for b in blocks) / ffn
     overhead += predictor
     if added := recipe.finetune.compensation:
-        overhead += sum(b.hidden * (2 * added.rank + 1) * dtype.itemsize for b in blocks) / ffn
+        width = 4 if itemsize == 1 else itemsize  # as `compensation_bytes`
+        overhead += sum(b.hidden * (2 * added.rank + 1) * width for b in blocks) / ffn
     reason = _simulated(recipe, rule, blocks, model)
     found: dict[str, Any] = {
         "dtype": recipe.export.dtype,
