@@ -3,17 +3,15 @@
 import re
 import statistics
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from moyu_train.evaluation.inloop import SparseMasks, generating
 from moyu_train.models.blocks import device_of
 from moyu_train.progress import track
 from moyu_train.settings_export import Agreement
 from moyu_train.texts import read_texts
-
-if TYPE_CHECKING:
-    from moyu_train.evaluation.inloop import SparseMasks
 
 NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")
 
@@ -44,22 +42,20 @@ class GreedyAgreement:
         self.tokens: dict[str, list[list[int]]] = {}
         self.neurons_off: float | None = None
 
-    def add(self, variant: str, model: Any, masks: "SparseMasks | None" = None) -> None:
+    def add(self, variant: str, model: Any, masks: SparseMasks | None = None) -> None:
         what = f"evaluate: greedy continuations, {variant}"
-        # Masks that look back over the sequence are those of whole sequences, which a cache's steps are not.
-        cached = masks is None or not masks.looks_back
-        self.tokens[variant] = [self._continue(model, prompt, cached) for prompt in track(self.prompts, what)]
-        if masks and cached:
+        with generating(model, masks):
+            self.tokens[variant] = [self._continue(model, prompt) for prompt in track(self.prompts, what)]
+        if masks and not masks.looks_back:  # else every token is seen many times
             self.neurons_off = masks.neurons_off()
 
     @torch.no_grad()
-    def _continue(self, model: Any, prompt: str, cached: bool) -> list[int]:
+    def _continue(self, model: Any, prompt: str) -> list[int]:
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].to(device_of(model))
         found = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            use_cache=cached,
             max_new_tokens=self.settings.new_tokens,
             pad_token_id=self.tokenizer.eos_token_id,
         )

@@ -4,7 +4,8 @@ Counts come from the very pass that is scored, so perplexity, density and bytes 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -214,3 +215,18 @@ class SparseMasks:
     def _share(self, neurons: Tensor) -> float:
         places = sum(t * block.neurons for t, block in zip(self.counts.tokens.tolist(), self.blocks, strict=True))
         return float(neurons.sum().item() / places)
+
+
+@contextmanager
+def generating(model: Any, masks: SparseMasks | None) -> Iterator[None]:
+    """Within, `model.generate` sees whole sequences at each step where masks look back over them: the steps of a cache
+    would be taken for sequences of their own."""
+    if masks is None or not masks.looks_back:
+        yield
+        return
+    stock = model.generate
+    model.generate = lambda *args, **named: stock(*args, **named | {"use_cache": False})
+    try:
+        yield
+    finally:
+        del model.generate

@@ -5,15 +5,13 @@ import functools
 import logging
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moyu_train.errors import MoyuError
+from moyu_train.evaluation.inloop import SparseMasks, generating
 from moyu_train.progress import console
 from moyu_train.recipe import nearest
 from moyu_train.settings_export import Evaluate
-
-if TYPE_CHECKING:
-    from moyu_train.evaluation.inloop import SparseMasks
 
 TASK_FILES = Path(__file__).parent / "task_files"
 SHIPPED = sorted(path.stem for path in TASK_FILES.glob("*.yaml"))
@@ -101,18 +99,19 @@ class Tasks:
         self.results: dict[str, Any] = {}
         self.neurons_off: float | None = None
 
-    def add(self, variant: str, model: Any, masks: "SparseMasks | None" = None) -> None:
+    def add(self, variant: str, model: Any, masks: SparseMasks | None = None) -> None:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         console.print(f"evaluate: tasks, {variant}")
-        self.results[variant] = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=1),
-            tasks=self.tasks,
-            task_manager=self.manager,
-            limit=self.limit,
-            bootstrap_iters=BOOTSTRAP,
-        )
+        with generating(model, masks):
+            self.results[variant] = simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=1),
+                tasks=self.tasks,
+                task_manager=self.manager,
+                limit=self.limit,
+                bootstrap_iters=BOOTSTRAP,
+            )
         if masks:
             self.neurons_off = masks.neurons_off()
 
