@@ -194,6 +194,11 @@ def _check_files(known: argparse.Namespace) -> None:
 
 
 def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
+    if known.verb in ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise MoyuError(
+            f"`moyu {known.verb}` runs in one process; launch the training stages in many (such as `accelerate launch "
+            "… finetune`), then start it without a launcher, which reuses them"
+        )
     simple: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "generate": on_folder.generate,
         "export-dense": on_folder.export_dense,
@@ -241,11 +246,6 @@ def _dispatch(known: argparse.Namespace, rest: list[str]) -> Any:
 def _with_run(verb: str, recipe: Recipe) -> dict[str, Any]:
     from moyu_train.pipeline import Run, run_all, run_stage
 
-    if verb in ALONE and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise MoyuError(
-            f"`moyu {verb}` runs in one process; launch the training stages in many (such as `accelerate launch … "
-            "finetune`), then start it without a launcher, which reuses them"
-        )
     run = Run(recipe)
     if verb == "run":
         return run_all(run)

@@ -4,14 +4,13 @@ from typing import Any
 
 from moyu_train.errors import MoyuError
 
+WINDOW = 1024  # tokens, where no setting names them
+
 
 def positions(model: Any) -> int | None:
     """Those that its config knows; None where it names no end."""
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if found and found > 0 else None
-
-
-WINDOW = 1024  # tokens, where no setting names them
 
 
 def longest_window(model: Any, most: int = WINDOW) -> int:

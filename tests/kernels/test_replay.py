@@ -67,6 +67,8 @@ def test_tokens_of_another_dtype(replays: list[int]) -> None:
     for dtype in (torch.int32, torch.uint8):
         assert all(map(torch.equal, decode(runner, ids.to(dtype), 5), expected))
     assert len(replays) == 4 + 5 + 5
+    first = Runner(tiny_llama(torch.float32), max_length=10)  # whose recording is of another dtype
+    assert all(map(torch.equal, decode(first, ids.to(torch.int32), 5), expected))
 
 
 @torch.no_grad()
